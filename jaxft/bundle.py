@@ -1,0 +1,182 @@
+"""The model on disk: a folder with ``model.json`` and ``params.safetensors``.
+
+Nothing in a bundle is executed. ``model.json`` holds the architecture and where it came from;
+the safetensors file holds parameters (``params/…``) and constants (``buffers/…``) under their
+paths, in the dtypes of the original file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxft import tree
+from jaxft.models.config import MACEConfig
+from jaxft.potential import E0_BUFFER, Potential
+from jaxft.typing import Params
+
+FORMAT = "jaxft-bundle"
+VERSION = 1
+MODEL, ARRAYS = "model.json", "params.safetensors"
+MAX_JSON = 16 << 20
+"""Bytes; a real ``model.json`` has a few kB."""
+
+DTYPES = ("float32", "float64")
+
+
+class BundleError(ValueError):
+    """A folder is not a bundle, or a damaged one."""
+
+
+def save(
+    path: str | Path,
+    model: Potential,
+    params: Params,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a bundle; the folder appears complete or not at all.
+
+    Args:
+      path: of the new folder, by custom ``NAME.jaxft``.
+      model: the potential.
+      params: its parameters.
+      provenance: anything JSON can hold: source file and hash, settings, data.
+
+    Raises:
+      FileExistsError: ``path`` exists; nothing is overwritten.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"params/{name}": np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    arrays |= {f"buffers/{name}": np.asarray(value) for name, value in model.buffers.items()}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.config.model_dump(mode="json"),
+        "provenance": dict(provenance or {}),
+    }
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        (scratch / MODEL).write_text(json.dumps(document, indent=1) + "\n")
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, scratch / ARRAYS)
+        scratch.chmod(0o755)
+        os.rename(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return path
+
+
+def load(path: str | Path, *, dtype: str | None = None) -> tuple[Potential, Params]:
+    """Read a bundle.
+
+    Args:
+      path: the folder.
+      dtype: of the parameters: ``"float32"``, ``"float64"``, or None for the stored one. Constants
+        keep the file's; isolated-atom energies are summed in float64 whatever it is.
+
+    Returns:
+      The potential and its parameters as jax arrays.
+
+    Raises:
+      BundleError: the folder is not a bundle, is damaged, or holds non-finite numbers.
+      ValueError: float64 is asked for while JAX has it switched off.
+    """
+    path = Path(path)
+    config, _ = read_model(path)
+    arrays = _read_arrays(path / ARRAYS)
+    flat = _under(arrays, "params/")
+    model = Potential(config, _under(arrays, "buffers/"))
+    _check_leaves(path, model, flat)
+    stored = np.result_type(*flat.values()).name
+    wanted = require_dtype(dtype or stored)
+    return model, tree.unflatten({name: jnp.asarray(a, wanted) for name, a in flat.items()})
+
+
+def require_dtype(dtype: str) -> str:
+    """``dtype`` if this process can compute in it, else ValueError."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            "float64 was asked for, but JAX computes in float32 only;\n"
+            'call jax.config.update("jax_enable_x64", True) first, or load with dtype="float32".'
+        )
+    return dtype
+
+
+def read_model(path: str | Path) -> tuple[MACEConfig, dict[str, Any]]:
+    """Architecture and provenance of a bundle, without its numbers; errors as :func:`load`."""
+    path = Path(path)
+    file = path / MODEL
+    if not file.is_file() or not (path / ARRAYS).is_file():
+        raise BundleError(
+            f"{path} is not a jaxft bundle: expected a folder with {MODEL} and {ARRAYS};\n"
+            "make one from a torch file with `jaxft convert FILE.model NAME.jaxft`."
+        )
+    if file.stat().st_size > MAX_JSON:
+        raise BundleError(f"{file} has {file.stat().st_size} bytes; expected less than {MAX_JSON}.")
+    try:
+        document = json.loads(file.read_text())
+        if document.get("format") != FORMAT or document.get("version") != VERSION:
+            raise BundleError(
+                f"{file} says format {document.get('format')!r}, version "
+                f"{document.get('version')!r}; this jaxft reads {FORMAT!r}, version {VERSION}."
+            )
+        return MACEConfig.model_validate(document["model"]), dict(document["provenance"])
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{file} is not JSON ({error}); the bundle is damaged.") from error
+    except (KeyError, AttributeError, TypeError, ValidationError) as error:
+        raise BundleError(f"{file} does not describe a model: {error}") from error
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises FileExistsError if ``path`` exists."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists; nothing was overwritten. Give another name.")
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BundleError(f"{file} cannot be read ({error}); the bundle is damaged.") from error
+
+
+def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _check_leaves(path: Path, model: Potential, flat: Mapping[str, np.ndarray]) -> None:
+    if E0_BUFFER not in model.buffers:
+        raise BundleError(f"{path} lacks the constant {E0_BUFFER}; the bundle is damaged.")
+    try:
+        expected = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    except (KeyError, ValueError, TypeError) as error:
+        raise BundleError(f"{path}: architecture and constants disagree ({error}).") from error
+    shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(expected).items()}
+    given = {name: tuple(array.shape) for name, array in flat.items()}
+    diff = tree.name_diff(
+        (f"{k} {v}" for k, v in given.items()), (f"{k} {v}" for k, v in shapes.items())
+    )
+    if diff:
+        raise BundleError(
+            f"{path} does not hold this architecture's parameters (- expected, + found):\n{diff}"
+        )
+    wrong = [name for name, array in flat.items() if not np.isfinite(array).all()]
+    if wrong:
+        raise BundleError(f"{path} holds non-finite numbers in {', '.join(wrong)}.")

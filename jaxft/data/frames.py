@@ -1,0 +1,248 @@
+"""Frames: structures with labels, read from any file that ASE reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+from ase.data import atomic_numbers as number_of
+from ase.data import chemical_symbols
+
+ISOLATED_ATOM = "IsolatedAtom"
+"""``config_type`` of frames that hold one free atom: they give E0s and are never trained on."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Under which names a file stores its labels, in ``info`` (or ``arrays`` for forces)."""
+
+    energy: str = "REF_energy"
+    """eV per cell."""
+    forces: str = "REF_forces"
+    """eV/Å."""
+    stress: str = "REF_stress"
+    """eV/Å³, ASE sign: 3x3, its 9 numbers, or Voigt xx, yy, zz, yz, xz, xy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One structure. Labels that the file lacks are None, never zeros."""
+
+    atomic_numbers: np.ndarray
+    """[n] int."""
+    positions: np.ndarray
+    """[n, 3] Å, float64."""
+    cell: np.ndarray
+    """[3, 3] Å, rows are lattice vectors; zero rows where there is none."""
+    pbc: tuple[bool, bool, bool]
+    energy: float | None = None
+    """eV, total."""
+    forces: np.ndarray | None = None
+    """[n, 3] eV/Å."""
+    stress: np.ndarray | None = None
+    """[3, 3] eV/Å³, positive under tension."""
+    config_type: str = "Default"
+    source: str = "frame"
+    """File and position in it, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.atomic_numbers)
+
+    @property
+    def is_periodic(self) -> bool:
+        """Periodic in all three directions, so that volume and stress mean something."""
+        return all(self.pbc)
+
+    @property
+    def volume(self) -> float:
+        """Å³."""
+        return abs(float(np.linalg.det(self.cell)))
+
+
+def read(paths: str | Path | Iterable[str | Path], *, keys: Keys | None = None) -> list[Frame]:
+    """Read all frames of one or more files (extxyz, ASE db, trajectories, VASP output, …).
+
+    Labels come from ``atoms.info`` and ``atoms.arrays`` under ``keys``. The reserved names
+    ``energy``, ``forces`` and ``stress`` are where ASE puts a calculator's results; ask for them by
+    name, as in ``Keys(energy="energy", forces="forces", stress="stress")``.
+
+    Raises:
+      ValueError: a file cannot be read or is empty; a label has the wrong shape or is not finite.
+        The message names file and frame.
+    """
+    keys = keys or Keys()
+    if isinstance(paths, str | Path):
+        paths = (paths,)
+    frames: list[Frame] = []
+    for path in paths:
+        frames += [
+            from_atoms(atoms, keys=keys, source=f"{path}:{index}")
+            for index, atoms in enumerate(_read_atoms(Path(path)))
+        ]
+    return frames
+
+
+def _read_atoms(path: Path) -> list[ase.Atoms]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give a file of structures that ASE can read.")
+    try:
+        images = ase.io.read(path, index=":")
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        OSError,
+        ase.io.formats.UnknownFileTypeError,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be read as structures ({type(error).__name__}: {error});\n"
+            "expected extended XYZ or another format of ase.io."
+        ) from error
+    images = images if isinstance(images, list) else [images]
+    if not images:
+        raise ValueError(f"{path} holds no frames.")
+    return images
+
+
+def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "frame") -> Frame:
+    """A frame from ASE's Atoms; errors as :func:`read`."""
+    keys = keys or Keys()
+    results = atoms.calc.results if atoms.calc is not None else {}
+    energy = atoms.info.get(keys.energy, results.get(keys.energy))
+    forces = atoms.arrays.get(keys.forces, results.get(keys.forces))
+    stress = atoms.info.get(keys.stress, results.get(keys.stress))
+    frame = Frame(
+        atomic_numbers=atoms.numbers.copy(),
+        positions=np.asarray(atoms.positions, np.float64),
+        cell=np.asarray(atoms.cell.array, np.float64),
+        pbc=tuple(bool(p) for p in atoms.pbc),
+        energy=None if energy is None else float(_numbers(energy, (), keys.energy, source)),
+        forces=None if forces is None else _numbers(forces, (len(atoms), 3), keys.forces, source),
+        stress=None if stress is None else _stress(stress, keys.stress, source),
+        config_type=str(atoms.info.get("config_type", "Default")),
+        source=source,
+    )
+    if not np.isfinite(frame.positions).all() or not np.isfinite(frame.cell).all():
+        raise ValueError(f"{source}: positions or cell are not finite; remove or repair the frame.")
+    return frame
+
+
+def _numbers(value: object, shape: tuple[int, ...], key: str, source: str) -> np.ndarray:
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {key!r} is {value!r:.60}; expected numbers.") from error
+    if array.shape != shape:
+        raise ValueError(f"{source}: {key!r} has shape {array.shape}; expected {shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{source}: {key!r} holds NaN or infinity; remove the label or the frame.")
+    return array
+
+
+def _stress(value: object, key: str, source: str) -> np.ndarray:
+    shape = np.shape(value)
+    if shape == (6,):
+        xx, yy, zz, yz, xz, xy = _numbers(value, (6,), key, source)
+        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    if shape == (9,):
+        return _numbers(value, (9,), key, source).reshape(3, 3)
+    return _numbers(value, (3, 3), key, source)
+
+
+def split(
+    frames: Sequence[Frame], *, valid: float, seed: int = 0
+) -> tuple[list[Frame], list[Frame]]:
+    """Random split into training and validation frames.
+
+    Args:
+      frames: to split; isolated atoms stay in the training part.
+      valid: fraction for validation, in (0, 1).
+      seed: of the permutation.
+    """
+    if not 0 < valid < 1:
+        raise ValueError(f"valid={valid} is not a fraction; use a number between 0 and 1.")
+    atoms = [frame for frame in frames if frame.config_type == ISOLATED_ATOM]
+    rest = [frame for frame in frames if frame.config_type != ISOLATED_ATOM]
+    count = max(1, round(valid * len(rest)))
+    if count >= len(rest):
+        raise ValueError(
+            f"{len(rest)} frames cannot be split with valid={valid}; give more frames."
+        )
+    order = np.random.default_rng(seed).permutation(len(rest))
+    chosen = set(order[:count].tolist())
+    train = [frame for i, frame in enumerate(rest) if i not in chosen]
+    return atoms + train, [rest[i] for i in sorted(chosen)]
+
+
+def without_isolated_atoms(frames: Iterable[Frame]) -> list[Frame]:
+    """The frames that a model is fitted to or judged by."""
+    return [frame for frame in frames if frame.config_type != ISOLATED_ATOM]
+
+
+def isolated_atom_energies(frames: Iterable[Frame]) -> dict[int, float]:
+    """``{atomic number: energy in eV}`` of the frames with ``config_type`` IsolatedAtom.
+
+    Raises:
+      ValueError: such a frame has more than one atom or no energy, or an element occurs twice
+        with different energies.
+    """
+    found: dict[int, float] = {}
+    for frame in frames:
+        if frame.config_type != ISOLATED_ATOM:
+            continue
+        if len(frame) != 1 or frame.energy is None:
+            raise ValueError(
+                f"{frame.source} is marked {ISOLATED_ATOM} but has {len(frame)} atoms and energy "
+                f"{frame.energy}; expected one atom with an energy."
+            )
+        z = int(frame.atomic_numbers[0])
+        if found.setdefault(z, frame.energy) != frame.energy:
+            raise ValueError(
+                f"{frame.source}: a second isolated {chemical_symbols[z]} has energy "
+                f"{frame.energy} eV, the first {found[z]} eV; keep one."
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many frames carry each label."""
+
+    frames: int
+    energy: int
+    forces: int
+    stress: int
+    elements: dict[str, int] = field(default_factory=dict)
+
+
+def coverage(frames: Sequence[Frame]) -> Coverage:
+    """Count the labels and the elements of ``frames``."""
+    elements: dict[str, int] = {}
+    for frame in frames:
+        for z in frame.atomic_numbers:
+            symbol = chemical_symbols[int(z)]
+            elements[symbol] = elements.get(symbol, 0) + 1
+    return Coverage(
+        frames=len(frames),
+        energy=sum(frame.energy is not None for frame in frames),
+        forces=sum(frame.forces is not None for frame in frames),
+        stress=sum(frame.stress is not None for frame in frames),
+        elements=dict(sorted(elements.items(), key=lambda item: number_of[item[0]])),
+    )
+
+
+def require_labels(frames: Sequence[Frame], labels: Iterable[str], *, keys: Keys) -> None:
+    """Raises ValueError if one of ``labels`` occurs in no frame at all."""
+    if not frames:
+        raise ValueError("no frames to train on (isolated atoms do not count); give some.")
+    for label in labels:
+        if all(getattr(frame, label) is None for frame in frames):
+            raise ValueError(
+                f"none of {len(frames)} frames ({frames[0].source} …) has {label} under the key "
+                f"{getattr(keys, label)!r};\nset the key that the file uses, or give this term no "
+                "weight in the loss."
+            )

@@ -1,0 +1,1 @@
+"""The models: flax modules, their configuration and the formulations of their hot path."""

@@ -1,0 +1,48 @@
+"""Messages: a neighbour's features times harmonics times radial weights, summed over edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxft.graph import Graph, sum_rows
+from jaxft.models.irreps import Features, Path
+from jaxft.typing import Array
+
+
+def convolve(
+    features: Features,
+    harmonics: Features,
+    radial: tuple[Array, Array],
+    paths: Sequence[Path],
+    graph: Graph,
+) -> Features:
+    """Sum the tensor products of all edges onto their receivers.
+
+    Each path is one batched matrix product over (slot, component of the sender): messages per
+    edge are never stored.
+
+    Args:
+      features: sender features, {irrep: [N, 2l + 1, C]}.
+      harmonics: {irrep: [R, K, 2l + 1]}.
+      radial: hidden radial features [R, K, h] and the matrix [h, paths · C].
+      paths: in the order of the matrix's columns.
+      graph: rows and slots.
+
+    Returns:
+      {irrep: [N, 2l + 1, slots · C]}, the slots of one irrep side by side in path order.
+    """
+    hidden, matrix = radial
+    channels = next(iter(features.values())).shape[-1]
+    sent = {name: block[graph.senders] for name, block in features.items()}
+    slots: dict[str, list[Array]] = {}
+    for k, path in enumerate(paths):
+        weights = hidden @ matrix[:, k * channels : (k + 1) * channels]
+        coupling = jnp.asarray(path.coupling, weights.dtype)
+        angular = jnp.einsum("rkj,ijm->rkim", harmonics[path.edge], coupling)
+        weighted = sent[path.node] * weights[:, :, None, :]
+        rows = jnp.einsum("rkim,rkic->rmc", angular, weighted)
+        slots.setdefault(path.out, []).append(rows)
+    merged = {name: jnp.concatenate(rows, axis=-1) for name, rows in slots.items()}
+    return {name: sum_rows(rows, graph) for name, rows in merged.items()}

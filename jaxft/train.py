@@ -1,0 +1,138 @@
+"""The engine: a loss, a recipe and an optimiser become ``init`` and a jitted ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft import tree
+from jaxft.strategies import base
+from jaxft.strategies.base import Recipe
+from jaxft.typing import Array, LossFn, Params
+
+
+class Trainable(NamedTuple):
+    """What the optimiser moves."""
+
+    params: Params
+    """Base leaves that train; ``None`` where a leaf is frozen."""
+    coords: dict[str, Any]
+    """Coordinates by strategy name."""
+
+
+class Frozen(NamedTuple):
+    """What it does not; an argument of the step, never differentiated, never compiled in."""
+
+    params: Params
+    """The complement of ``Trainable.params``."""
+    consts: dict[str, Any]
+    """Constants by strategy name."""
+
+
+class TrainState(NamedTuple):
+    """What the next step needs."""
+
+    step: Array
+    """[] int32, updates made."""
+    trainable: Trainable
+    frozen: Frozen
+    opt_state: optax.OptState
+
+
+InitFn = Callable[[Array, Params], TrainState]
+StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+
+
+def finetune(
+    loss_fn: LossFn, recipe: Recipe, tx: optax.GradientTransformation
+) -> tuple[InitFn, StepFn]:
+    """Fine-tuning as a pair of functions, ``init(key, params)`` and ``step(state, batch)``.
+
+    One step is::
+
+        params    = effective(recipe, trainable, frozen)
+        loss      = loss_fn(params, batch) + sum of penalties(params)
+        trainable = project(recipe, apply_updates(trainable, tx.update(d loss / d trainable)))
+
+    Only the trainable tree is differentiated, so frozen leaves cost nothing in the backward pass
+    and own no optimiser state. A step whose loss or gradient is not finite changes nothing and
+    says so in ``info["is_finite"]``.
+
+    Args:
+      loss_fn: ``(params, batch) -> scalar, {name: scalar}``.
+      recipe: strategies; ``()`` is full fine-tuning.
+      tx: the optimiser.
+
+    Returns:
+      ``init`` copies what it is given, the caller's arrays stay valid. ``step`` is jitted and
+      donates the state: do not use a state after it was passed on. Its info holds the loss, the
+      loss's own terms, ``penalty/<strategy>``, ``gradient_norm`` and ``is_finite``.
+
+    Raises:
+      ValueError: two strategies share a name; from ``init``: whatever a strategy refuses, and a
+        recipe that leaves nothing to train.
+    """
+    recipe = tuple(recipe)
+    base.check_names(recipe)
+    chain = optax.chain(tx, *(strategy.tx for strategy in recipe))
+
+    def init(key: Array, params: Params) -> TrainState:
+        params = tree.copy(params)
+        mask = base.trains(recipe, params)
+        coords, consts = base.init(recipe, key, params)
+        moving, fixed = tree.partition(params, mask)
+        trainable = Trainable(moving, tree.copy(coords))
+        if not jax.tree.leaves(trainable):
+            names = ", ".join(strategy.name for strategy in recipe)
+            raise ValueError(
+                f"the recipe ({names}) leaves nothing to train: all {len(jax.tree.leaves(params))}"
+                " leaves are frozen and no strategy owns coordinates; train at least one leaf."
+            )
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            frozen=Frozen(fixed, tree.copy(consts)),
+            opt_state=tree.copy(chain.init(trainable)),
+        )
+
+    def total(trainable: Trainable, frozen: Frozen, batch: Any) -> tuple[Array, dict[str, Array]]:
+        params = _effective(recipe, trainable, frozen)
+        loss, info = loss_fn(params, batch)
+        for name, penalty in base.penalties(recipe, params, frozen.consts, batch).items():
+            loss = loss + penalty
+            info = {**info, f"penalty/{name}": penalty}
+        return loss, {**info, "loss": loss}
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        gradient, info = jax.grad(total, has_aux=True)(state.trainable, state.frozen, batch)
+        norm = optax.global_norm(gradient)
+        is_finite = jnp.isfinite(norm) & jnp.isfinite(info["loss"])
+        updates, opt_state = chain.update(gradient, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        projected = base.project(recipe, trainable.coords, state.frozen.consts)
+        moved = TrainState(
+            state.step + 1, trainable._replace(coords=projected), state.frozen, opt_state
+        )
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            moved._replace(frozen=None),
+            state._replace(frozen=None),
+        )
+        info = {**info, "gradient_norm": norm, "is_finite": is_finite}
+        return kept._replace(frozen=state.frozen), info
+
+    return init, jax.jit(step, donate_argnums=0)
+
+
+def merge(recipe: Recipe, state: TrainState) -> Params:
+    """The effective parameters: an ordinary tree again, in buffers of its own."""
+    return tree.copy(_effective(tuple(recipe), state.trainable, state.frozen))
+
+
+def _effective(recipe: Recipe, trainable: Trainable, frozen: Frozen) -> Params:
+    params = tree.combine(trainable.params, frozen.params)
+    return base.apply(recipe, params, trainable.coords, frozen.consts)
