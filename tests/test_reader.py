@@ -1,0 +1,574 @@
+"""Reading torch files: equal to torch for good ones, only ModelFileError for bad ones."""
+
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch_files as tf
+
+from converters import reader, unpickle
+from converters.reader import ModelFileError, irreps, read
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "benchmarks" / "data" / "gfn2_small.model"
+COMPILED = "._compiled_main"  # inside e3nn's compiled code, which is never opened
+
+
+def refuse(path, match):
+    """Reading ``path`` is a ModelFileError that names the file and says ``match``, and is quick."""
+    start = time.monotonic()
+    with pytest.raises(ModelFileError) as caught:
+        read(path)
+    name, message = str(caught.value)[: len(str(path))], str(caught.value)[len(str(path)) :]
+    assert name == str(path)
+    assert re.search(match, message), message  # not in the path, which names the test
+    assert len(message) < 1500
+    assert time.monotonic() - start < 10
+
+
+# --- good files -----------------------------------------------------------------------------------
+
+
+def assert_as_torch_reads_it(path, model):
+    file = read(path)
+    expected = {name: t for name, t in model.state_dict().items() if COMPILED not in name}
+    assert list(file.tensors) == list(expected)
+    assert file.parameters == {name for name, _ in model.named_parameters()}
+    for name, theirs in expected.items():
+        ours, theirs = file.tensors[name], theirs.detach().cpu()
+        assert str(theirs.dtype) == f"torch.{ours.dtype}"
+        assert ours.shape == tuple(theirs.shape)
+        raw = theirs.contiguous().flatten().view(dtype=_bytes_dtype()).numpy().tobytes()
+        assert ours.tobytes() == raw, name
+        assert not ours.flags.writeable
+    return file
+
+
+def _bytes_dtype():
+    import torch
+
+    return torch.uint8
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("dtype", "correlation"), [("float64", 2), ("float32", 3)])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensors_equal_the_state_dict_bit_for_bit(tmp_path, dtype, correlation, protocol):
+    model = tf.mace_model(dtype=dtype, correlation=correlation)
+    tf.save(model, tmp_path / "a.model", pickle_protocol=protocol)
+    (tmp_path / "a.model").rename(tmp_path / "renamed.model")  # the stem inside stays "a"
+    file = assert_as_torch_reads_it(tmp_path / "renamed.model", model)
+
+    first = file.root.module("interactions.0")
+    assert first.name == "RealAgnosticResidualInteractionBlock"
+    assert first.get("avg_num_neighbors") == 9.5
+    assert irreps(first.get("hidden_irreps")) == ((8, 0, 1), (8, 1, -1))
+    assert irreps(file.root.module("interactions.1").get("hidden_irreps")) == ((8, 0, 1),)
+    instruction = first.module("linear").get("instructions")[0]
+    weight = model.interactions[0].linear.instructions[0].path_weight
+    assert instruction.get("path_weight") == weight
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_read_as_it_is(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    model = tf.mace_model().to(getattr(torch, dtype))
+    tf.save(model, tmp_path / "a.model")
+    assert_as_torch_reads_it(tmp_path / "a.model", model)
+
+
+@pytest.mark.torch
+def test_parameters_may_be_views_of_one_storage(tmp_path):
+    torch = pytest.importorskip("torch")
+    model = tf.mace_model()
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    parts = torch.split(flat, [p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.view(parameter.shape[::-1]).permute(*range(parameter.ndim)[::-1])
+    tf.save(model, tmp_path / "a.model")
+    assert_as_torch_reads_it(tmp_path / "a.model", model)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("function", ["tanh", "abs"])
+def test_activations_are_references(tmp_path, function):
+    torch = pytest.importorskip("torch")
+    tf.save(tf.mace_model(gate=getattr(torch, function)), tmp_path / "a.model")
+    found = read(tmp_path / "a.model").root.module("readouts.1.non_linearity.acts.0").get("f")
+    assert found == reader.Reference(f"torch.{function}")
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="benchmarks/data/gfn2_small.model is absent")
+def test_published_model_equals_its_state_dict():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mace")
+    model = torch.load(PUBLISHED, map_location="cpu", weights_only=False)
+    assert_as_torch_reads_it(PUBLISHED, model)
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="benchmarks/data/gfn2_small.model is absent")
+def test_published_model_is_read_without_torch():
+    file = read(PUBLISHED)
+    assert file.root.name == "ScaleShiftMACE"
+    assert len(file.tensors) > 50
+
+
+def test_forged_file_is_read(tmp_path):
+    child = tf.new(
+        "torch.nn.modules.linear.Linear",
+        state=tf.module(parameters={"weight": tf.tensor(), "bias": None}),
+    )
+    buffers = {"kept": tf.tensor((2, 1), (1, 2)), "scratch": tf.tensor()}
+    hidden = tf.call("__builtin__.set", ["scratch"])
+    root = tf.mace(
+        buffers=buffers, modules={"child": child, "none": None}, _non_persistent_buffers_set=hidden
+    )
+    file = read(tf.forge(tmp_path / "m.model", root))
+    assert list(file.tensors) == ["kept", "child.weight"]
+    assert file.parameters == {"child.weight"}
+    assert file.tensors["kept"].shape == (2, 1)
+    assert np.shares_memory(file.tensors["kept"], file.tensors["child.weight"])
+    assert file.root.has("child")
+    assert not file.root.has("none")
+    assert list(file.root.children) == ["child"]
+    with pytest.raises(ModelFileError, match=r"no module 'child\.x'.*Linear lacks 'x'"):
+        file.root.module("child.x")
+    with pytest.raises(ModelFileError, match="no attribute 'heads'"):
+        file.root.get("heads")
+    assert file.root.get("heads", None) is None
+
+
+def test_reading_imports_no_torch(tmp_path):
+    tf.forge(tmp_path / "m.model", tf.mace(buffers={"r_max": tf.tensor()}))
+    script = """
+        import sys
+
+        class Forbid:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {"torch", "mace", "e3nn"}:
+                    raise AssertionError(f"imports {name}")
+
+        sys.meta_path.insert(0, Forbid())
+        from converters.reader import read
+        assert list(read(sys.argv[1]).tensors) == ["r_max"]
+        assert not {"torch", "mace", "e3nn"} & sys.modules.keys()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "m.model")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_irreps_of_strings():
+    assert irreps("8x0e + 8x1o+2e") == ((8, 0, 1), (8, 1, -1), (1, 2, 1))
+    assert irreps("") == ()
+    for bad in ("8x", "8x0e+", "0z", "-1x0e", None, 3, unpickle.Node("x", ((1,),))):
+        with pytest.raises(ModelFileError):
+            irreps(bad)
+
+
+# --- other kinds of file --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("cuequivariance_torch.operations.linear.Linear", "mace_cueq_to_e3nn"),
+        ("openequivariance.TensorProduct", "OpenEquivariance"),
+        ("mace.modules.extensions.PolarMACE", "not supported yet"),
+        ("mace.modules.models.AtomicDipolesMACE", "not supported yet"),
+        ("mace.modules.models.EnergyDipolesMACE", "not supported yet"),
+        ("mace.modules.lora.LoRAO3Linear", "merge"),
+        ("mace.calculators.lammps_mliap_mace.LAMMPS_MLIAP_MACE", "wrapper"),
+        ("numpy._core.multiarray.scalar", "NumPy scalar"),
+        ("macer.models.ScaleShiftMACE", "report"),
+        ("mace.modules.models.ScaleShiftMACE2", "report"),
+    ],
+)
+def test_other_globals_are_refused_by_name(tmp_path, name, advice):
+    path = tf.forge(tmp_path / "m.model", tf.mace(buffers={}, x=tf.new(name)))
+    refuse(path, rf"(?s){name}.*{advice}")
+
+
+def test_files_that_are_no_models_are_refused(tmp_path):
+    path = tmp_path / "m.model"
+    refuse(tmp_path / "absent.model", "no such file")
+    refuse(tmp_path, "no such file")
+    for content, match in [
+        (b"", "not a torch file"),
+        (b"<html>not found</html>", "not a torch file"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before version 1.6"),
+    ]:
+        path.write_bytes(content)
+        refuse(path, match)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("photo.png", b"")
+    refuse(path, "not a torch file")
+    refuse(tf.forge(path, tf.mace(), members={"m/constants.pkl": b""}), "TorchScript")
+    refuse(tf.forge(path, tf.mace(), members={"m/code/__torch__.py": b""}), "TorchScript")
+    refuse(tf.forge(path, tf.mace(), members={"n/data.pkl": b""}), "2 members")
+    refuse(tf.forge(path, tf.mace(), members={"m/byteorder": b"big"}), "big-endian")
+    refuse(tf.forge(path, {"w": tf.tensor()}), "state_dict")
+    refuse(tf.forge(path, {"model": {}, "optimizer": {}}), "training checkpoint")
+    refuse(tf.forge(path, [1]), "holds a list")
+    refuse(tf.forge(path, tf.new("torch.nn.modules.linear.Linear")), r"holds a .*Linear")
+
+
+@pytest.mark.torch
+def test_checkpoints_of_torch_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "m.pt"
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters(), amsgrad=True)
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    state = {"optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict()}
+    torch.save({"model": layer.state_dict(), **state}, path)
+    refuse(path, "training checkpoint")
+    torch.save(layer.state_dict(), path)
+    refuse(path, "bare state_dict")
+    torch.save(layer, path, _use_new_zipfile_serialization=False)
+    refuse(path, "before version 1.6")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        torch.jit.script(layer).save(path)
+    refuse(path, "TorchScript")
+
+
+# --- hostile archives -----------------------------------------------------------------------------
+
+
+def test_truncated_files_are_refused(tmp_path):
+    path = tf.forge(tmp_path / "m.model", tf.mace(buffers={"r_max": tf.tensor()}))
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        refuse(path, "not a torch file|truncated|intact")
+
+
+def test_compressed_members_are_refused(tmp_path):
+    members = {"m/data/0": bytes(1 << 20)}
+    path = tf.forge(tmp_path / "m", tf.mace(), members=members, compression=zipfile.ZIP_DEFLATED)
+    refuse(path, "compressed")
+
+
+def test_members_inside_members_are_refused(tmp_path):
+    inner = tf.forge(tmp_path / "inner", tf.mace(), members={"m/data/1": bytes(100_000)})
+    path = tf.forge(tmp_path / "m", tf.mace(), members={"m/data/2": inner.read_bytes()})
+    with zipfile.ZipFile(inner) as archive:
+        info = archive.getinfo("m/data/1")
+    with zipfile.ZipFile(path, "a") as archive:
+        outer = archive.getinfo("m/data/2")
+        info.header_offset += outer.header_offset + 30 + len(outer.filename)
+        archive.filelist.append(info)
+        archive._didModify = True
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("m/data/1") == bytes(100_000)  # zipfile itself is happy
+    refuse(path, "claim more bytes")
+
+
+def test_duplicate_members_are_refused(tmp_path):
+    path = tf.forge(tmp_path / "m.model", tf.mace())
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr("m/data.pkl", b"")
+    refuse(path, "distinct")
+
+
+def test_crowds_of_members_are_refused(tmp_path):
+    crowd = {f"m/data/{i}": b"" for i in range(reader.MAX_MEMBERS)}
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(), members=crowd), "at most")
+
+
+def test_large_directories_are_not_loaded(tmp_path):
+    path = tf.forge(tmp_path / "m.model", tf.mace())
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(40):
+            info = zipfile.ZipInfo(f"m/data/{i + 1}")
+            info.comment = bytes(60_000)
+            archive.writestr(info, b"")
+    refuse(path, "a part of the archive")
+
+
+def test_encrypted_members_are_refused(tmp_path):
+    path = tf.forge(tmp_path / "m.model", tf.mace())
+    data = path.read_bytes()
+    start = data.index(b"PK\x01\x02")
+    path.write_bytes(data[: start + 8] + b"\x01\x00" + data[start + 10 :])
+    refuse(path, "intact")
+
+
+def test_sizes_are_capped(tmp_path, monkeypatch):
+    path = tf.forge(
+        tmp_path / "m.model", tf.mace(buffers={str(i): tf.tensor() for i in range(999)})
+    )
+    with pytest.raises(ModelFileError, match=r"it has \d+ bytes, more than max_bytes"):
+        read(path, max_bytes=100)
+    first = memoised(tf.tensor((9000,), of=tf.storage(size=9000)))
+    buffers = {"first": first} | {str(i): tf.Code(b"h\x00") for i in range(400)}
+    repeated = tmp_path / "repeated.model"
+    tf.forge(repeated, tf.mace(buffers=buffers), members={"m/data/0": bytes(36_000)})
+    with pytest.raises(ModelFileError, match=r"tensors have more than max_bytes"):
+        read(repeated, max_bytes=1 << 20)
+    monkeypatch.setattr(reader, "MAX_PICKLE", 10)
+    refuse(path, "more than 10")
+
+
+# --- hostile pickles ------------------------------------------------------------------------------
+
+
+def test_payloads_are_not_executed(tmp_path):
+    proof = tmp_path / "proof"
+    for name in ("os.system", "posix.system", "nt.system", "subprocess.call", "builtins.exec"):
+        payload = tf.call(name, f"touch {proof}")
+        refuse(tf.forge(tmp_path / "m.model", payload), f"names '{name}'")
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(x=tf.call("builtins.eval", "1"))), "eval")
+    assert not proof.exists()
+
+
+def test_functions_cannot_be_changed(tmp_path):
+    names = [f"{f.__module__}.{f.__qualname__}" for f in unpickle.REDUCERS.values()]
+    slots = (None, {"__name__": "renamed"})
+    for name in unpickle.ALLOWED:
+        for state in (slots, {"__name__": "renamed"}):
+            changed = tf.Code(tf.named(name) + tf.code(state) + b"b")
+            refuse(tf.forge(tmp_path / "m.model", tf.mace(x=changed)), "sets the state")
+    refuse(tf.forge(tmp_path / "m", tf.new("mace.modules.models.MACE", state=slots)), "state")
+    assert names == [f"{f.__module__}.{f.__qualname__}" for f in unpickle.REDUCERS.values()]
+
+
+def test_loads_share_nothing(tmp_path):
+    path = tf.forge(tmp_path / "m.model", tf.mace(x=tf.call("collections.OrderedDict")))
+    read(path).root.get("x")["poison"] = 1
+    assert read(path).root.get("x") == {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "offset", "match"),
+    [
+        ((1 << 28,), (0,), 0, "does not fit"),  # 8 bytes that would become 1 GiB when copied
+        ((3,), (0,), 0, "does not fit"),
+        ((3,), (1,), 0, "does not fit"),
+        ((2,), (2,), 0, "does not fit"),
+        ((1,), (1,), 2, "does not fit"),
+        ((1,), (1 << 62,), 1 << 62, "does not fit"),
+        ((2, 1), (1,), 0, "natural"),
+        ((-1,), (1,), 0, "natural"),
+        ((2,), (-1,), 1, "natural"),
+        ((1,), (1,), -1, "natural"),
+        ((True,), (1,), 0, "natural"),
+        ((1,) * 33, (1,) * 33, 0, "natural"),
+        ((1 << 1000,), (1,), 0, "natural"),
+        ((1,), (1 << 1000,), 0, "natural"),
+        ((0, 1 << 62), (1, 1), 0, "intact"),
+        ("ab", "ab", 0, "where a tuple"),
+    ],
+)
+def test_views_outside_their_storage_are_refused(tmp_path, shape, strides, offset, match):
+    bad = tf.tensor(shape, strides, offset)
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(buffers={"x": bad})), match)
+
+
+@pytest.mark.parametrize(
+    ("of", "match"),
+    [
+        (tf.storage("1"), "no member"),
+        (tf.storage("../data.pkl"), "no member"),
+        (tf.storage(7), "where a str"),
+        (tf.storage(size=1), "elements of float32"),
+        (tf.storage(size=1 << 60), "elements of float32"),
+        (tf.storage(size="2"), "where a int"),
+        (tf.storage(size=-2), "elements of float32"),
+        (tf.storage(kind="torch.nn.functional.silu"), "has the type"),
+        (tf.Code(tf.code("storage") + b"Q"), "where a tuple"),
+        (tf.Code(tf.code(("storage", "x", "0", "cpu", 2)) + b"Q"), "not a torch storage"),
+        (tf.Code(tf.code(("module", tf.named("torch.FloatStorage"), "0", "", 2)) + b"Q"), "not a"),
+        (tf.Code(tf.code(("storage",)) + b"Q"), "intact"),
+        (tf.tensor(), "where a Storage"),
+        (tf.code(None), "where a Storage"),
+    ],
+)
+def test_false_storages_are_refused(tmp_path, of, match):
+    bad = tf.tensor(of=of)
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(buffers={"x": bad})), match)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (tf.Code(tf.code("collections") + tf.code("OrderedDict.fromkeys") + b"\x93"), "fromkeys"),
+        (tf.Code(b"ccollections\nOrderedDict.fromkeys\n"), "fromkeys"),
+        (tf.Code(tf.code("torch") + tf.code(3) + b"\x93"), "a int where"),
+        (tf.Code(b"\x82\x01"), "EXT1"),
+        (tf.Code(b"I1\n"), "INT"),
+        (tf.Code(b"N0N"), "POP"),
+        (tf.Code(b"(i__main__\nx\n"), "INST"),
+        (tf.call("mace.modules.models.MACE"), "calls 'mace"),
+        (tf.call("torch.nn.functional.silu", 1), "calls 'torch"),
+        (tf.new("_codecs.encode", "x"), "not a class"),
+        (tf.new("collections.OrderedDict"), "not a class"),
+        (tf.call("__builtin__.getattr", tf.named("collections.OrderedDict"), "tanh"), "getattr"),
+        (
+            tf.call("builtins.getattr", tf.named("torch._C._VariableFunctionsClass"), "save"),
+            "getattr",
+        ),
+        (tf.call("_codecs.encode", "x", "utf-7"), "latin1"),
+        (tf.call("_codecs.encode", "x", "zip"), "latin1"),
+        (tf.call("collections.OrderedDict", [("a", 1)]), "intact"),
+        (tf.call("torch._utils._rebuild_parameter", None, True, None), "ndarray"),
+        (tf.call("torch.fx.graph_module.reduce_graph_module", "import os", ""), "a str where"),
+        (tf.Code(tf.new("e3nn.o3._irreps.Irreps") + b"(Ne"), "list belongs"),
+        (tf.Code(tf.new("e3nn.o3._irreps.Irreps") + tf.code("a") + b"Ns"), "dict belongs"),
+        (tf.Code(b"j\x09\x00\x00\x00"), "intact"),
+        (tf.Code(b"\x87" * 30), "intact"),
+        (tf.Code(b"t" * 30), "intact"),
+        (tf.Code(b"X\xff\xff\xff\xff"), "intact"),
+        (tf.Code(b"\x8d" + b"\xff" * 8), "intact"),
+        (tf.Code(b"\xff"), "intact"),
+        (tf.Code(b"S'\\m'\n"), "STRING|intact"),  # Python warns of this escape
+        ({tf.Code(b")" + b"\x85" * 200_000): 1}, "key"),  # hash() would overflow the C stack
+        ({1 << 61: 1}, "key"),  # keys that all have the same hash
+        ({(1,): 1}, "key"),
+        (tf.call("builtins.set", [tf.code(("a",))]), "set element"),
+        (tf.Code(b"\x8f(" + tf.code(()) + b"\x90"), "set element"),
+    ],
+)
+def test_hostile_instructions_are_refused(tmp_path, value, match):
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(x=value)), match)
+
+
+def test_long_pickles_are_refused(tmp_path):
+    endless = b"\x80\x02" + b"N" * (unpickle.MAX_OPCODES + 1) + b"."
+    refuse(tf.forge(tmp_path / "m.model", endless), "instructions")
+
+
+def test_deep_values_are_harmless(tmp_path):
+    deep = tf.Code(b")" + b"\x85" * 300_000)
+    file = read(tf.forge(tmp_path / "m.model", tf.mace(x=deep)))
+    assert isinstance(file.root.get("x"), tuple)
+    with pytest.raises(ModelFileError):
+        irreps(file.root.get("x"))
+    del file
+
+
+def test_huge_memo_indices_cost_nothing(tmp_path):
+    memo = tf.Code(tf.code("a") + b"r\xff\xff\xff\xff")
+    assert read(tf.forge(tmp_path / "m.model", tf.mace(x=memo))).root.get("x") == "a"
+
+
+def memoised(value, index=0):
+    return tf.Code(tf.code(value) + b"q" + bytes([index]))
+
+
+@pytest.mark.parametrize(
+    ("value", "call"),
+    [
+        ("a" * (1 << 20), lambda arg: tf.call("_codecs.encode", arg, "latin1")),
+        ([0] * 10_000, lambda arg: tf.call("builtins.set", arg)),
+        (
+            {str(i): None for i in range(10_000)},
+            lambda arg: tf.new("torch.nn.modules.linear.Linear", state=arg),
+        ),
+    ],
+)
+def test_copies_are_counted(tmp_path, value, call):
+    again = tf.Code(b"h\x00")
+    copies = [call(memoised(value)), *(call(again) for _ in range(100))]
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(x=copies)), "copies")
+
+
+def linear(modules, **tables):
+    return tf.new("torch.nn.modules.linear.Linear", state=tf.module(modules=modules, **tables))
+
+
+def test_module_trees_are_bounded(tmp_path):
+    path = tmp_path / "m.model"
+    deep = linear({})
+    for _ in range(reader.MAX_DEPTH + 1):
+        deep = linear({"x": deep})
+    refuse(tf.forge(path, tf.mace(modules={"x": deep})), "nested deeper")
+
+    bomb = linear({})
+    for _ in range(25):  # 2^25 paths to 25 modules
+        bomb = linear({"a": memoised(bomb), "b": tf.Code(b"h\x00")})
+    refuse(tf.forge(path, tf.mace(modules={"x": bomb})), "entries")
+
+    cycle = tf.named("mace.modules.models.MACE") + b")\x81q\x00"
+    cycle += tf.code(tf.module(modules={"x": tf.Code(b"h\x00")})) + b"b"
+    refuse(tf.forge(path, tf.Code(cycle)), "nested deeper")
+
+    wide = memoised({str(i): None for i in range(1000)})
+    crowd = [linear({}, buffers=wide)] + [linear({}, buffers=tf.Code(b"h\x00"))] * 200
+    refuse(tf.forge(path, tf.mace(modules={str(i): m for i, m in enumerate(crowd)})), "entries")
+
+    for name in ("a.b", "", "a" * 101, 3):
+        refuse(tf.forge(path, tf.mace(modules={name: linear({})})), "cannot be the name")
+        refuse(tf.forge(path, tf.mace(buffers={name: tf.tensor()})), "cannot be the name")
+    refuse(tf.forge(path, tf.mace(modules={"x": 3})), "sub-module 'x.' is a int")
+    refuse(tf.forge(path, tf.mace(buffers={"x": 3})), "tensor x is a int")
+    refuse(tf.forge(path, tf.mace(buffers=[])), "not a dict")
+    refuse(tf.forge(path, tf.mace(_non_persistent_buffers_set=["x"])), "set is a list")
+
+
+# --- fuzz -----------------------------------------------------------------------------------------
+
+
+def mutate(data, rng):
+    data = bytearray(data)
+    if rng.random() < 0.1:
+        del data[rng.randrange(len(data)) :]
+    for _ in range(rng.randint(1, 4)):
+        if data:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+def survive(path):
+    try:
+        read(path)
+    except ModelFileError:
+        return 0
+    return 1
+
+
+def fuzz(path, count):
+    """Mutate the archive, then the pickle inside a sound archive (where no checksum helps)."""
+    rng = random.Random(0)
+    whole, broken = path.read_bytes(), path.with_name("broken.model")
+    with zipfile.ZipFile(path) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in content if name.endswith("/data.pkl"))
+    survivors, start = 0, time.monotonic()
+    for _ in range(count):
+        broken.write_bytes(mutate(whole, rng))
+        survive(broken)
+        with zipfile.ZipFile(broken, "w") as archive:
+            for key, data in content.items():
+                archive.writestr(key, mutate(data, rng) if key == name else data)
+        survivors += survive(broken)
+    assert time.monotonic() - start < 0.2 * count
+    assert 0 < survivors < count  # so that mutations reach deep, and do harm
+
+
+def test_mutations_of_a_forged_file_are_read_or_refused(tmp_path):
+    child = linear({}, parameters={"weight": tf.tensor()})
+    irrep = tf.new("e3nn.o3._irreps.Irrep", (1, -1))
+    root = tf.mace(buffers={"r_max": tf.tensor()}, modules={"child": child}, ir=irrep, x=1.5 < 2)
+    fuzz(tf.forge(tmp_path / "m.model", root), 300)
+
+
+@pytest.mark.torch
+def test_mutations_of_a_real_file_are_read_or_refused(tmp_path):
+    tf.save(tf.mace_model(), tmp_path / "m.model")
+    fuzz(tmp_path / "m.model", 60)
