@@ -154,8 +154,9 @@ class _CappedFile(io.FileIO):
 
     cap = MAX_DIRECTORY
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = super().read(self.cap + 1 if size < 0 else min(size, self.cap + 1))
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = self.cap + 1
+        data = super().read(most if size is None or size < 0 else min(size, most))
         if len(data) > self.cap:
             raise ModelFileError(f"a part of the archive has more than {self.cap} bytes")
         return data
