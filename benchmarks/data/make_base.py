@@ -1,7 +1,7 @@
 """Base level: molecules and periodic crystals labelled by GFN2-xTB (tblite).
 
-    python make_base.py            writes base_train.xyz, base_test.xyz, base_atoms.xyz
-    python make_base.py --check    compares forces and stress with finite differences
+python make_base.py            writes base_train.xyz, base_test.xyz, base_atoms.xyz
+python make_base.py --check    compares forces and stress with finite differences
 """
 
 import argparse

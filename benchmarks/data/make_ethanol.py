@@ -25,11 +25,11 @@ EQUILIBRATION = 500  # fs
 
 
 def mean_field(atoms, spin=0):
-    """PBE/def2-SVP with density fitting, grid level 3, energy converged to 1e-9 Ha."""
-    geometry = list(zip(atoms.symbols, atoms.positions))
+    """PBE/def2-SVP with density fitting, grid level 2, energy converged to 1e-8 Ha."""
+    geometry = list(zip(atoms.symbols, atoms.positions, strict=True))
     mol = gto.M(atom=geometry, basis="def2-svp", spin=spin, unit="Angstrom", verbose=0)
     mf = (dft.UKS(mol) if spin else dft.RKS(mol)).density_fit()
-    mf.xc, mf.grids.level, mf.conv_tol = "PBE", 3, 1e-9
+    mf.xc, mf.grids.level, mf.conv_tol = "PBE", 2, 1e-8
     return mf
 
 

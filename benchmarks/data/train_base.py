@@ -1,8 +1,8 @@
 """The pretrained model: an MP-0-like MACE of a few layers, fitted with mace-torch.
 
-    python train_base.py                trains and writes gfn2_small.model
-    python train_base.py --epochs N     stops at epoch N; a later call goes on from there
-    python train_base.py --evaluate     prints the errors on all test files
+python train_base.py                trains and writes gfn2_small.model
+python train_base.py --epochs N     stops at epoch N; a later call goes on from there
+python train_base.py --evaluate     prints the errors on all test files
 """
 
 import argparse
