@@ -72,7 +72,7 @@ def save(
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         (scratch / MODEL).write_text(json.dumps(document, indent=1) + "\n")
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, scratch / ARRAYS)
+        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, scratch / ARRAYS)
         scratch.chmod(0o755)
         os.rename(scratch, path)
     except BaseException:
