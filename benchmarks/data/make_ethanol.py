@@ -19,7 +19,7 @@ from pyscf.data.nist import BOHR, HARTREE2EV
 from tblite.ase import TBLite
 
 # per split: frames at each temperature (K)
-COUNTS = {"test": {300: 24, 450: 24, 600: 24}, "train": {300: 80, 450: 80, 600: 80}}
+COUNTS = {"test": {300: 24, 450: 24, 600: 24}, "train": {300: 70, 450: 70, 600: 70}}
 SPACING = 100  # fs between frames
 EQUILIBRATION = 500  # fs
 
@@ -46,7 +46,7 @@ def energy_and_forces(atoms):
 
 
 def trajectory(split, kelvin, count):
-    """`count` snapshots of Langevin dynamics at GFN2-xTB, 0.5 fs steps."""
+    """`count` snapshots of Langevin dynamics at GFN2-xTB, 1 fs steps."""
     rng = np.random.default_rng([11, split == "test", kelvin])
     atoms = molecule("CH3CH2OH")
     atoms.calc = TBLite(method="GFN2-xTB", verbosity=0)
@@ -54,10 +54,10 @@ def trajectory(split, kelvin, count):
         rng.normal(size=(9, 3)) * np.sqrt(atoms.get_masses()[:, None] * units.kB * kelvin)
     )
     friction = 0.02 / units.fs
-    md = Langevin(atoms, 0.5 * units.fs, temperature_K=kelvin, friction=friction, rng=rng)
-    md.run(2 * EQUILIBRATION)
+    md = Langevin(atoms, units.fs, temperature_K=kelvin, friction=friction, rng=rng)
+    md.run(EQUILIBRATION)
     for _ in range(count):
-        md.run(2 * SPACING)
+        md.run(SPACING)
         snapshot = atoms.copy()
         snapshot.positions -= snapshot.get_center_of_mass()
         # rounded as in the file, so that the labels belong to the written geometry
