@@ -8,6 +8,7 @@ lists of names.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def parameter_rules(config: MACEConfig) -> list[Rule]:
         slots = {name: sum(nodes[p.node] for p in paths if p.out == name) for name in target}
         rules.append(_linear(f"{torch}.linear_up", f"{leaf}/linear_up", nodes, nodes))
         widths = (config.num_bessel, *block.radial_mlp, sum(nodes[p.node] for p in paths))
-        for j, shape in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for j, shape in enumerate(itertools.pairwise(widths)):
             name = f"conv_tp_weights.layer{j}.weight"
             rules.append(_rule(f"{torch}.{name}", f"{leaf}/conv_tp_weights/layer{j}", shape))
         rules.append(_linear(f"{torch}.linear", f"{leaf}/linear", slots, target))

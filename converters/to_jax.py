@@ -40,6 +40,13 @@ def convert(path: str | Path) -> tuple[Potential, Params]:
     return from_file(read(path))
 
 
+def convert_with_provenance(path: str | Path) -> tuple[Potential, Params, dict[str, Any]]:
+    """As :func:`convert`, and where the model came from: file name and hash."""
+    file = read(path)
+    model, params = from_file(file)
+    return model, params, {"source": file.path.name, "sha256": file.sha256}
+
+
 def from_file(file: ModelFile) -> tuple[Potential, Params]:
     """As :func:`convert`, for a file already read."""
     config = config_of(file)
@@ -203,7 +210,7 @@ def _name(l: int, p: int) -> str:  # noqa: E741
 
 
 def _text(value: Any) -> str:
-    return "+".join(f"{mul}x{_name(l, p)}" for mul, l, p in irreps(value))
+    return "+".join(f"{mul}x{_name(l, p)}" for mul, l, p in irreps(value))  # noqa: E741
 
 
 def _unsupported(found: str, expected: str) -> ModelFileError:

@@ -61,7 +61,9 @@ def save(
     path = Path(path)
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"params/{name}": np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    check(model, flat, source="the model to be saved")
+    arrays = {f"params/{name}": leaf for name, leaf in flat.items()}
     arrays |= {f"buffers/{name}": np.asarray(value) for name, value in model.buffers.items()}
     document = {
         "format": FORMAT,
@@ -96,15 +98,41 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Potential, Para
       BundleError: the folder is not a bundle, is damaged, or holds non-finite numbers.
       ValueError: float64 is asked for while JAX has it switched off.
     """
+    model, params, _ = load_numpy(path)
+    wanted = require_dtype(dtype or stored_dtype(params))
+    return model, jax.tree.map(lambda leaf: jnp.asarray(leaf, wanted), params)
+
+
+def load_numpy(path: str | Path) -> tuple[Potential, Params, dict[str, Any]]:
+    """Potential, parameters as stored, provenance; errors as :func:`load`, save for dtypes."""
     path = Path(path)
-    config, _ = read_model(path)
+    config, provenance = read_model(path)
     arrays = _read_arrays(path / ARRAYS)
     flat = _under(arrays, "params/")
     model = Potential(config, _under(arrays, "buffers/"))
-    _check_leaves(path, model, flat)
-    stored = np.result_type(*flat.values()).name
-    wanted = require_dtype(dtype or stored)
-    return model, tree.unflatten({name: jnp.asarray(a, wanted) for name, a in flat.items()})
+    check(model, flat, source=str(path))
+    return model, tree.unflatten(flat), provenance
+
+
+def stored_dtype(params: Params) -> str:
+    """The dtype of a parameter tree."""
+    return np.result_type(*jax.tree.leaves(params)).name
+
+
+def cast(model: Potential, params: Params, dtype: str) -> tuple[Potential, Params]:
+    """Parameters and floating constants in another dtype (numpy); E0s keep theirs.
+
+    E0s of heavy elements lose millielectronvolts in float32, so they are never cast.
+    """
+
+    def leaf(array: np.ndarray) -> np.ndarray:
+        is_real = np.issubdtype(np.asarray(array).dtype, np.floating)
+        return np.asarray(array).astype(dtype) if is_real else np.asarray(array)
+
+    buffers = {
+        name: value if name == E0_BUFFER else leaf(value) for name, value in model.buffers.items()
+    }
+    return Potential(model.config, buffers), jax.tree.map(leaf, params)
 
 
 def require_dtype(dtype: str) -> str:
@@ -161,13 +189,14 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def _check_leaves(path: Path, model: Potential, flat: Mapping[str, np.ndarray]) -> None:
+def check(model: Potential, flat: Mapping[str, np.ndarray], *, source: str) -> None:
+    """Raises BundleError unless ``{path: leaf}`` are finite and exactly the model's parameters."""
     if E0_BUFFER not in model.buffers:
-        raise BundleError(f"{path} lacks the constant {E0_BUFFER}; the bundle is damaged.")
+        raise BundleError(f"{source} lacks the constant {E0_BUFFER}; it is damaged.")
     try:
         expected = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     except (KeyError, ValueError, TypeError) as error:
-        raise BundleError(f"{path}: architecture and constants disagree ({error}).") from error
+        raise BundleError(f"{source}: architecture and constants disagree ({error}).") from error
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(expected).items()}
     given = {name: tuple(array.shape) for name, array in flat.items()}
     diff = tree.name_diff(
@@ -175,8 +204,8 @@ def _check_leaves(path: Path, model: Potential, flat: Mapping[str, np.ndarray]) 
     )
     if diff:
         raise BundleError(
-            f"{path} does not hold this architecture's parameters (- expected, + found):\n{diff}"
+            f"{source} does not hold this architecture's parameters (- expected, + found):\n{diff}"
         )
     wrong = [name for name, array in flat.items() if not np.isfinite(array).all()]
     if wrong:
-        raise BundleError(f"{path} holds non-finite numbers in {', '.join(wrong)}.")
+        raise BundleError(f"{source} holds non-finite numbers in {', '.join(wrong)}.")

@@ -60,6 +60,17 @@ class Potential:
         """[elements] eV, float64."""
         return np.asarray(self.buffers[E0_BUFFER], np.float64).reshape(-1)
 
+    def require_head(self, head: str | None) -> None:
+        """Raises ValueError unless ``head`` is the model's only head, or None and it has one."""
+        heads = self.config.heads
+        if len(heads) == 1 and head in (None, heads[0]):
+            return
+        asked = "no head was named" if head is None else f"head {head!r} was asked for"
+        raise ValueError(
+            f"{asked}, but the model's heads are {', '.join(map(repr, heads))};\n"
+            "name one of them (this version of jaxft predicts with models of one head)."
+        )
+
     @property
     def module(self) -> ScaleShiftMACE:
         return ScaleShiftMACE(self.config)

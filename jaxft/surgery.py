@@ -26,8 +26,8 @@ def set_e0s(model: Potential, e0s: Mapping[int, float]) -> Potential:
     unknown = sorted(set(e0s) - set(model.atomic_numbers))
     if unknown:
         raise ValueError(
-            f"E0s were given for {', '.join(chemical_symbols[z] for z in unknown)}, which the model "
-            f"does not know; its elements are "
+            f"E0s were given for {', '.join(chemical_symbols[z] for z in unknown)}, which the "
+            f"model does not know; its elements are "
             f"{' '.join(chemical_symbols[z] for z in model.atomic_numbers)}."
         )
     wrong = [chemical_symbols[z] for z, e0 in e0s.items() if not np.isfinite(e0)]

@@ -2,6 +2,7 @@
 
 from jaxft.data.batches import Dataset, Shape, epoch, num_batches, pack, prepare, shapes
 from jaxft.data.frames import (
+    ISOLATED_ATOM,
     Coverage,
     Frame,
     Keys,
@@ -9,12 +10,15 @@ from jaxft.data.frames import (
     from_atoms,
     isolated_atom_energies,
     read,
+    read_atoms,
+    require_any_label,
     require_labels,
     split,
     without_isolated_atoms,
 )
 
 __all__ = [
+    "ISOLATED_ATOM",
     "Coverage",
     "Dataset",
     "Frame",
@@ -28,6 +32,8 @@ __all__ = [
     "pack",
     "prepare",
     "read",
+    "read_atoms",
+    "require_any_label",
     "require_labels",
     "shapes",
     "split",

@@ -98,8 +98,8 @@ def _check_elements(frames: Sequence[Frame], known: tuple[int, ...]) -> None:
         unknown = sorted(set(frame.atomic_numbers.tolist()) - set(known))
         if unknown:
             raise ValueError(
-                f"{frame.source} holds {', '.join(chemical_symbols[z] for z in unknown)}, which the "
-                f"model does not know; its elements are "
+                f"{frame.source} holds {', '.join(chemical_symbols[z] for z in unknown)}, which "
+                f"the model does not know; its elements are "
                 f"{' '.join(chemical_symbols[z] for z in known)}.\n"
                 "Leave the frame out, or start from a model that covers these elements."
             )

@@ -81,12 +81,17 @@ def read(paths: str | Path | Iterable[str | Path], *, keys: Keys | None = None) 
     for path in paths:
         frames += [
             from_atoms(atoms, keys=keys, source=f"{path}:{index}")
-            for index, atoms in enumerate(_read_atoms(Path(path)))
+            for index, atoms in enumerate(read_atoms(Path(path)))
         ]
     return frames
 
 
-def _read_atoms(path: Path) -> list[ase.Atoms]:
+def read_atoms(path: Path) -> list[ase.Atoms]:
+    """All frames of one file as ASE's Atoms.
+
+    Raises:
+      ValueError: the file is absent, empty, or nothing that ASE reads.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a file of structures that ASE can read.")
     try:
@@ -246,3 +251,14 @@ def require_labels(frames: Sequence[Frame], labels: Iterable[str], *, keys: Keys
                 f"{getattr(keys, label)!r};\nset the key that the file uses, or give this term no "
                 "weight in the loss."
             )
+
+
+def require_any_label(frames: Sequence[Frame], *, keys: Keys) -> None:
+    """Raises ValueError if no frame has any label, or there is no frame."""
+    if not frames:
+        raise ValueError("no frames to judge by (isolated atoms do not count); give some.")
+    if all(f.energy is None and f.forces is None and f.stress is None for f in frames):
+        raise ValueError(
+            f"none of {len(frames)} frames ({frames[0].source} …) has a label under the keys "
+            f"{keys.energy!r}, {keys.forces!r}, {keys.stress!r};\nname the keys that the file uses."
+        )

@@ -38,8 +38,8 @@ def neighbours(frame: Frame, r_max: float) -> Edges:
     expected = len(frame) / abs(np.linalg.det(cell)) * 4 / 3 * np.pi * r_max**3
     if any(frame.pbc) and not expected < MAX_NEIGHBOURS:
         raise ValueError(
-            f"{frame.source}: {len(frame)} atoms in a cell of {frame.cell.tolist()} would have about "
-            f"{expected:.1e} neighbours each within {r_max} Å; expected a cell in Å, so check its unit."
+            f"{frame.source}: {len(frame)} atoms in a cell of {frame.cell.tolist()} would have "
+            f"about {expected:.1e} neighbours each within {r_max} Å; check the cell's unit (Å)."
         )
     i, j, d, vectors = neighbour_list(
         "ijdD", pbc=frame.pbc, cell=cell, positions=frame.positions, cutoff=float(r_max)
@@ -64,8 +64,8 @@ def _full_rank_cell(frame: Frame, r_max: float) -> np.ndarray:
     rows = frame.cell[periodic]
     if np.linalg.matrix_rank(rows) < periodic.sum():
         raise ValueError(
-            f"{frame.source}: pbc={frame.pbc} but the cell {frame.cell.tolist()} has no independent "
-            "lattice vector for every periodic direction; set the cell or pbc."
+            f"{frame.source}: pbc={frame.pbc} but the cell {frame.cell.tolist()} has no "
+            "independent lattice vector for every periodic direction; set the cell or pbc."
         )
     cell = frame.cell.copy()
     # Complete the periodic rows to a basis: the trailing right-singular vectors span the rest.

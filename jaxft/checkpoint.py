@@ -1,0 +1,77 @@
+"""Training state on disk: Orbax checkpoints, and the record of what they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxft.tree import name_diff
+
+
+class Checkpoints:
+    """The newest training state of a run; saving is atomic, so a kill leaves the previous one.
+
+    Args:
+      directory: made if absent.
+      identity: JSON-like facts of the run (settings, hashes of model and data). A checkpoint is
+        only restored by a run with the same identity.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+        self.identity = identity
+        # Synchronous: the state's buffers are donated to the next step.
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, create=True, enable_async_checkpointing=False
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The number of updates at the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
+        """Save a tree of arrays and a JSON-like record of where the run stands."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays),
+                progress=ocp.args.JsonSave({"identity": self.identity, "progress": progress}),
+            ),
+            force=True,
+        )
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest arrays, structured as ``like``, and their record.
+
+        Raises:
+          ValueError: the checkpoint belongs to a run with another identity.
+        """
+        step = self._manager.latest_step()
+        record = self._manager.restore(
+            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+        )["progress"]
+        self._check_identity(record["identity"])
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        arrays = self._manager.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
+        )["arrays"]
+        return arrays, record["progress"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _check_identity(self, saved: dict[str, Any]) -> None:
+        now = {f"{k}: {v}" for k, v in self.identity.items()}
+        then = {f"{k}: {v}" for k, v in saved.items()}
+        diff = name_diff(now, then)
+        if diff:
+            raise ValueError(
+                "the checkpoint belongs to another run (- then, + now):\n"
+                f"{diff}\nResume with the same settings, model and data, or use a new folder."
+            )

@@ -1,0 +1,268 @@
+"""A fine-tuning run from a config: files in, a folder with a bundle, metrics and plots out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from ase.data import atomic_numbers, chemical_symbols
+from rich.console import Console
+from rich.table import Table
+
+from jaxft import bundle, data, loss, optimizer, surgery
+from jaxft import config as configs
+from jaxft.config import Config
+from jaxft.data import Frame, Keys
+from jaxft.describe import describe
+from jaxft.display import Display
+from jaxft.evaluate.errors import ErrorTable, errors
+from jaxft.evaluate.plots import parity_plot
+from jaxft.evaluate.predictions import FrameResult, predict_frames
+from jaxft.fit import FitResult, FitSettings, fit
+from jaxft.potential import Potential
+from jaxft.version import __version__
+
+INITIAL_ERROR_WARNING = 0.5
+"""eV/atom; beyond it the E0s are almost certainly of another level of theory."""
+
+CONFIG, MODEL, METRICS = "config.yaml", "model.jaxft", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A test set before and after."""
+
+    name: str
+    frames: Sequence[Frame]
+    before: Sequence[FrameResult]
+    after: Sequence[FrameResult]
+    errors_before: ErrorTable
+    errors_after: ErrorTable
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    model: Potential
+    fit: FitResult
+    judged: list[Judged]
+    path: Path
+
+
+def finetune(config: Config, *, console: Console | None = None, resume: bool = False) -> RunResult:
+    """Run a config.
+
+    Everything that can be refused is refused before the first compilation, and before the output
+    folder is made.
+
+    Args:
+      config: checked settings.
+      console: for progress and tables.
+      resume: continue the run in ``config.output`` instead of refusing a folder that exists.
+
+    Raises:
+      ValueError, FileExistsError: input that cannot be used.
+      NonFiniteError: the run diverged.
+    """
+    console = console or Console(quiet=True)
+    output = Path(config.output)
+    _check_output(output, config, resume)
+    base, params = bundle.load(config.model, dtype=config.dtype)
+    recipe = configs.strategies(config)
+    console.print(describe(recipe, params), highlight=False)
+    keys = Keys(**config.keys.model_dump())
+    train, valid = _training_frames(config, keys)
+    tests = {
+        name: data.without_isolated_atoms(data.read(_paths(entry.files), keys=keys))
+        for name, entry in config.test.items()
+    }
+    model = _with_e0s(base, config, train, console)
+    train, valid = (data.without_isolated_atoms(frames) for frames in (train, valid))
+    wanted = [name for name, weight in config.loss.model_dump().items() if weight > 0]
+    data.require_labels(train, wanted, keys=keys)
+    data.require_labels(valid, wanted, keys=keys)
+    prepared = data.prepare(train, model), data.prepare(valid, model)
+    console.print(_coverage({"train": train, "valid": valid, **tests}))
+    references = {
+        name: base if entry.e0s == "base" else model for name, entry in config.test.items()
+    }
+    before = {
+        name: predict_frames(references[name], params, frames) for name, frames in tests.items()
+    }
+
+    steps = config.epochs * data.num_batches(prepared[0], config.batch_size)
+    tx = optimizer.optimizer(
+        config.optimizer.name,
+        optimizer.schedule(
+            config.optimizer.schedule,
+            config.optimizer.learning_rate,
+            steps=steps,
+            warmup=config.optimizer.warmup,
+        ),
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm,
+    )
+    weights = config.loss.model_dump()
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / CONFIG).exists():
+        (output / CONFIG).write_text(configs.to_yaml(config))
+    fitted = fit(
+        model,
+        params,
+        train=prepared[0],
+        valid=prepared[1],
+        loss_fn=loss.weighted(model, **weights),
+        recipe=recipe,
+        tx=tx,
+        settings=FitSettings(
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            dtype=config.dtype,
+            ema_decay=config.ema_decay,
+            patience=config.patience,
+            metric=config.metric,
+            checkpoint_every=config.checkpoint_every,
+            loss_weights=weights,
+        ),
+        directory=output,
+        identity={"config": hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16]},
+        display=Display(console, initial_error=INITIAL_ERROR_WARNING),
+    )
+    return _finish(config, base, model, fitted, tests, before, console)
+
+
+def _finish(
+    config: Config,
+    base: Potential,
+    model: Potential,
+    fitted: FitResult,
+    tests: dict[str, list[Frame]],
+    before: dict[str, list[FrameResult]],
+    console: Console,
+) -> RunResult:
+    output = Path(config.output)
+    judged = []
+    for name, frames in tests.items():
+        reference = base if config.test[name].e0s == "base" else model
+        after = predict_frames(reference, fitted.params, frames)
+        judged.append(
+            Judged(
+                name,
+                frames,
+                before[name],
+                after,
+                errors(frames, before[name]),
+                errors(frames, after),
+            )
+        )
+    path = output / MODEL
+    if path.exists():
+        console.print(f"{path} exists and is kept; the run was complete.")
+    else:
+        bundle.save(path, model, fitted.params, provenance=_provenance(config, fitted))
+    if judged:
+        console.print(comparison(judged))
+        for item in judged:
+            picture = output / f"parity-{item.name}.png"
+            parity_plot(item.frames, {"before": item.before, "after": item.after}, picture)
+            console.print(f"wrote {picture}")
+    console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
+    return RunResult(model, fitted, judged, path)
+
+
+def comparison(judged: Sequence[Judged]) -> Table:
+    """RMSE of every test set before and after."""
+    table = Table(title="RMSE before → after", title_justify="left")
+    table.add_column("set")
+    table.add_column("frames", justify="right")
+    for heading in ("E meV/atom", "F meV/Å", "σ meV/Å³"):
+        table.add_column(heading, justify="right")
+    for item in judged:
+        row_before, row_after = (e.total.rmse() for e in (item.errors_before, item.errors_after))
+        cells = [
+            "–" if row_before[k] is None else f"{row_before[k]:.1f} → {row_after[k]:.1f}"
+            for k in ("energy", "forces", "stress")
+        ]
+        table.add_row(item.name, str(len(item.frames)), *cells)
+    return table
+
+
+def _check_output(output: Path, config: Config, resume: bool) -> None:
+    if not resume:
+        bundle.refuse_existing(output)
+    elif output.exists() and not (output / CONFIG).is_file():
+        raise ValueError(
+            f"{output} exists but holds no {CONFIG}, so it is no run to resume;\n"
+            "give another output."
+        )
+
+
+def _training_frames(config: Config, keys: Keys) -> tuple[list[Frame], list[Frame]]:
+    train = data.read(_paths(config.train), keys=keys)
+    if isinstance(config.valid, float):
+        return data.split(train, valid=config.valid, seed=config.seed)
+    return train, data.read(_paths(config.valid), keys=keys)
+
+
+def _paths(files: list[Path] | Path) -> list[Path]:
+    return files if isinstance(files, list) else [files]
+
+
+def _with_e0s(
+    base: Potential, config: Config, train: Sequence[Frame], console: Console
+) -> Potential:
+    """The model with the E0s that the config asks for, and a table of what changed."""
+    if config.e0s == "foundation":
+        return base
+    if config.e0s == "isolated_atoms":
+        e0s = data.isolated_atom_energies(train)
+        source = f"config_type={data.ISOLATED_ATOM} frames of the training files"
+    else:
+        e0s = {atomic_numbers[symbol]: value for symbol, value in config.e0s.items()}
+        source = "the config"
+    needed = {int(z) for frame in train for z in frame.atomic_numbers}
+    missing = sorted(needed - set(e0s))
+    if missing:
+        raise ValueError(
+            f"no isolated-atom energy for {', '.join(chemical_symbols[z] for z in missing)} in "
+            f"{source};\ngive one per element of the training frames, or e0s: foundation if they "
+            "are of the model's own level of theory."
+        )
+    model = surgery.set_e0s(base, e0s)
+    table = Table(title="isolated-atom energies, eV (others unchanged)", title_justify="left")
+    for heading in ("element", "model", "now"):
+        table.add_column(heading, justify="right")
+    for z in sorted(e0s):
+        index = base.atomic_numbers.index(z)
+        table.add_row(chemical_symbols[z], f"{base.e0s[index]:.4f}", f"{e0s[z]:.4f}")
+    console.print(table)
+    return model
+
+
+def _coverage(sets: dict[str, Sequence[Frame]]) -> Table:
+    table = Table(title="frames and labels", title_justify="left")
+    table.add_column("set")
+    for heading in ("frames", "energy", "forces", "stress"):
+        table.add_column(heading, justify="right")
+    table.add_column("atoms by element")
+    for name, frames in sets.items():
+        found = data.coverage(frames)
+        counts = (found.frames, found.energy, found.forces, found.stress)
+        elements = " ".join(f"{symbol} {n}" for symbol, n in found.elements.items())
+        table.add_row(name, *(str(count) for count in counts), elements)
+    return table
+
+
+def _provenance(config: Config, fitted: FitResult) -> dict[str, object]:
+    return {
+        "made_by": f"jaxft {__version__}",
+        "jax": jax.__version__,
+        "base": bundle.read_model(config.model)[1] | {"path": str(config.model)},
+        "config": config.model_dump(mode="json", by_alias=True),
+        "best_epoch": fitted.best_epoch,
+    }
