@@ -266,8 +266,10 @@ def _recorded(
         best=value if is_best else progress.best,
         history=(*progress.history, row),
     )
-    with log.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    # Written whole: a run that was killed between log and checkpoint repeats its last epoch.
+    scratch = log.with_suffix(".part")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in progress.history))
+    scratch.replace(log)
     display.epoch(row)
     best = tree.copy(judged) if is_best else run.best
     return run._replace(progress=progress, best=best)

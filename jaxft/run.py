@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
     _check_output(output, config, resume)
     base, params = bundle.load(config.model, dtype=config.dtype)
     recipe = configs.strategies(config)
-    console.print(describe(recipe, params), highlight=False)
+    console.print(describe(recipe, params).splitlines()[-1], highlight=False)
     keys = Keys(**config.keys.model_dump())
     train, valid = _training_frames(config, keys)
     tests = {
@@ -168,7 +169,7 @@ def _finish(
     if judged:
         console.print(comparison(judged))
         for item in judged:
-            picture = output / f"parity-{item.name}.png"
+            picture = output / f"parity-{re.sub(r'[^A-Za-z0-9]+', '-', item.name).strip('-')}.png"
             parity_plot(item.frames, {"before": item.before, "after": item.after}, picture)
             console.print(f"wrote {picture}")
     console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
