@@ -38,3 +38,16 @@ def set_e0s(model: Potential, e0s: Mapping[int, float]) -> Potential:
     for z, e0 in e0s.items():
         row[model.atomic_numbers.index(z)] = e0
     return replace(model, buffers={**model.buffers, E0_BUFFER: table})
+
+
+def set_scale_shift(model: Potential, *, scale: float, shift: float) -> Potential:
+    """The model with another scale (eV) and shift (eV per atom) of its interaction energy.
+
+    Raises:
+      ValueError: a value is not finite, or the scale is not positive.
+    """
+    if not (np.isfinite([scale, shift]).all() and scale > 0):
+        raise ValueError(f"scale={scale}, shift={shift}; use a positive scale and a finite shift.")
+    values = {"scale_shift/scale": scale, "scale_shift/shift": shift}
+    buffers = {name: np.full_like(model.buffers[name], value) for name, value in values.items()}
+    return replace(model, buffers={**model.buffers, **buffers})

@@ -1,0 +1,5 @@
+"""``python -m jaxft``."""
+
+from jaxft.cli import app
+
+app()
