@@ -1,0 +1,289 @@
+"""A potential and its parameters become an ordinary mace-torch ``.model`` file again.
+
+mace-torch builds the module; then every number and constant in it is replaced by ours, so that
+its ``state_dict()`` is, name by name and bit by bit, that of the file the model came from. What was
+written is read back, without torch, before the file gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from converters.reader import read
+from converters.rules import buffer_path, parameter_rules
+from converters.to_jax import from_file
+from jaxft import bundle, tree
+from jaxft.models.config import MACEConfig
+from jaxft.models.irreps import multiplicities
+from jaxft.potential import E0_BUFFER, Potential
+from jaxft.typing import Params
+
+DTYPES = ("float32", "float64")
+UNSEEN = "._compiled_main"
+"""In the names of e3nn's own constants, which files hold as compiled code and we never read."""
+
+OPTIONAL = "_zeroed"
+"""Flags at the end of whose names nothing in mace-torch looks; older writers lack them."""
+
+
+def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> Path:
+    """Write a ``.model`` that mace-torch's ``MACECalculator`` and command-line tools load.
+
+    Parameters and constants are the model's own, bit for bit. Where the parameters were cast to
+    another dtype, the constants follow; isolated-atom energies stay as they are stored.
+
+    Args:
+      source: a bundle's folder, or a potential and its (merged) parameters.
+      path: of the new file, by custom ``NAME.model``; it appears complete or not at all.
+
+    Returns:
+      ``path``.
+
+    Raises:
+      FileExistsError: ``path`` exists; nothing is overwritten.
+      ImportError: torch or mace-torch is not installed.
+      ValueError: the parameters are not those of the model, or what was read back is not what was
+        to be written.
+    """
+    path = Path(path)
+    bundle.refuse_existing(path)
+    model, params = source if isinstance(source, tuple) else _stored(Path(source))
+    leaves = _checked_leaves(model.config, params)
+    dtype = np.result_type(*leaves.values()).name
+    buffers = _cast(model.buffers, dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        with torch_and_mace(dtype) as (torch, modules):
+            module = _build(modules, torch, model.config)
+            _fill(torch, module, _tensors(model.config, module, leaves, buffers))
+            torch.save(module, scratch / path.name)
+        _check(scratch / path.name, Potential(model.config, buffers), leaves)
+        bundle.refuse_existing(path)
+        os.rename(scratch / path.name, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def _stored(path: Path) -> tuple[Potential, Params]:
+    """A bundle with its parameters as they are stored, even where JAX has float64 switched off."""
+    model, _ = bundle.load(path, dtype="float32")
+    arrays = load_file(path / bundle.ARRAYS)
+    flat = {
+        name.removeprefix("params/"): a for name, a in arrays.items() if name.startswith("params/")
+    }
+    return model, tree.unflatten(flat)
+
+
+@contextlib.contextmanager
+def torch_and_mace(dtype: str) -> Iterator[tuple[Any, Any]]:
+    """``torch`` and ``mace.modules``, with ``dtype`` as torch's default and its random state kept.
+
+    Everything global is as before afterwards; importing mace alone would leave torch's
+    ``weights_only`` protection switched off for the whole process.
+    """
+    variable = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    previous = os.environ.get(variable)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.environ[variable] = "1"  # e3nn 0.4.4 cannot be imported under torch >= 2.6 without it
+        try:
+            torch, modules = _import()
+        finally:
+            if previous is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = previous
+        default = torch.get_default_dtype()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_default_dtype(getattr(torch, dtype))
+            try:
+                yield torch, modules
+            finally:
+                torch.set_default_dtype(default)
+
+
+def _import() -> tuple[Any, Any]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # mace prints what it could not import
+            import torch
+            from mace import modules
+    except ImportError as error:
+        raise ImportError(
+            f"torch and mace-torch are needed here, and only here ({error});\n"
+            "install them with `pip install 'jaxft[torch]'`."
+        ) from error
+    return torch, modules
+
+
+def _checked_leaves(config: MACEConfig, params: Params) -> dict[str, np.ndarray]:
+    leaves = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
+    expected = [
+        f"{block.path} {tuple(block.shape[axis] for axis in block.axes)}"
+        for rule in parameter_rules(config)
+        for block in rule.blocks
+    ]
+    diff = tree.name_diff((f"{name} {leaf.shape}" for name, leaf in leaves.items()), expected)
+    if diff:
+        raise ValueError(
+            "these are not the parameters of this model (- expected, + given):\n"
+            f"{diff}\nGive merged parameters, from jaxft.merge or jaxft.load."
+        )
+    dtypes = sorted({leaf.dtype.name for leaf in leaves.values()})
+    if len(dtypes) != 1 or dtypes[0] not in DTYPES:
+        raise ValueError(
+            f"the parameters have the dtypes {', '.join(dtypes)}; expected one of "
+            f"{' or '.join(DTYPES)} for all. Load the bundle with dtype=…."
+        )
+    return leaves
+
+
+def _cast(buffers: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The constants in the dtype of the parameters, should these be cast; E0s are not rounded."""
+    stored = buffers["radial_embedding/bessel_fn/bessel_weights"].dtype
+    found = {
+        path: array.astype(dtype) if array.dtype == stored else array
+        for path, array in buffers.items()
+    }
+    e0s = buffers[E0_BUFFER]
+    found[E0_BUFFER] = e0s if e0s.dtype.name in DTYPES else e0s.astype(np.float64)
+    return found
+
+
+def _build(modules: Any, torch: Any, config: MACEConfig) -> Any:
+    """mace-torch's module of this architecture; its numbers are still to be replaced."""
+    from e3nn import o3
+
+    first, last = config.interactions[0], config.interactions[-1]
+    edges = o3.Irreps(config.edge_irreps)
+    hidden, final = o3.Irreps(first.hidden_irreps), o3.Irreps(last.hidden_irreps)
+    block = getattr(modules.blocks, first.block)
+    options = {"keep_last_layer_irreps": True} if len(final) > 1 else {}
+    module = modules.ScaleShiftMACE(
+        r_max=config.r_max,
+        num_bessel=config.num_bessel,
+        num_polynomial_cutoff=config.cutoff_power,
+        max_ell=edges.lmax,
+        interaction_cls=block,
+        interaction_cls_first=block,
+        num_interactions=len(config.interactions),
+        num_elements=config.num_elements,
+        hidden_irreps=hidden,
+        MLP_irreps=o3.Irreps(config.readouts[-1].hidden_irreps),
+        atomic_energies=np.zeros((len(config.heads), config.num_elements)),
+        avg_num_neighbors=first.avg_num_neighbors,
+        atomic_numbers=list(config.atomic_numbers),
+        correlation=[product.correlation for product in config.products],
+        gate=torch.nn.functional.silu,
+        radial_MLP=list(first.radial_mlp),
+        heads=list(config.heads),
+        use_reduced_cg=False,  # the file's own coupling tensors take the place of these
+        use_so3=edges.lmax > 0 and "1e" in multiplicities(config.edge_irreps),
+        atomic_inter_scale=1.0,
+        atomic_inter_shift=0.0,
+        **options,
+    )
+    for name, value in config.mace_attributes.items():
+        setattr(module, name, value)
+    for block, interaction in zip(module.interactions, config.interactions, strict=True):
+        block.avg_num_neighbors = interaction.avg_num_neighbors
+        for layer in block.conv_tp_weights:
+            _set_constant(getattr(layer, "act", None), config.silu_constant)
+    for readout in module.readouts:
+        if hasattr(readout, "non_linearity"):
+            _set_constant(readout.non_linearity.acts[0], config.readout_silu_constant)
+    return module
+
+
+def _set_constant(activation: Any, constant: float) -> None:
+    if activation is not None:
+        activation.cst = constant
+        activation._is_id = constant == 1.0
+
+
+def _tensors(
+    config: MACEConfig,
+    module: Any,
+    leaves: Mapping[str, np.ndarray],
+    buffers: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """What belongs under every name of the module's ``state_dict()``."""
+    rules = {rule.name: rule for rule in parameter_rules(config)}
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in module.state_dict().items():
+        if name in rules:
+            flat = rules[name].to_tensor(leaves)
+            # Files of another mace-torch may hold fewer coupling paths than ours would make.
+            is_whole = flat.size == tensor.numel()
+            shape = tuple(tensor.shape) if is_whole else rules[name].blocks[0].shape
+            found[name] = flat.reshape(shape)
+        elif buffer_path(config, name) in buffers:
+            found[name] = buffers[buffer_path(config, name)]
+        elif not name.endswith(OPTIONAL) and UNSEEN not in name:
+            raise ValueError(
+                f"mace-torch's module has the tensor {name!r}, which this model lacks; export with "
+                "the mace-torch that jaxft pins: `pip install 'jaxft[torch]'`."
+            )
+    given = {*rules, *buffers} - {*found, *(buffer_path(config, name) for name in found)}
+    if given:
+        raise ValueError(
+            f"mace-torch's module has no place for {', '.join(sorted(given))}; export with the "
+            "mace-torch that jaxft pins: `pip install 'jaxft[torch]'`."
+        )
+    return found
+
+
+def _fill(torch: Any, module: Any, tensors: Mapping[str, np.ndarray]) -> None:
+    for name in module.state_dict():
+        prefix, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(prefix)
+        if name in tensors:
+            tensor = torch.from_numpy(np.array(tensors[name]))
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = torch.nn.Parameter(tensor)
+            else:
+                owner._buffers[leaf] = tensor
+        elif name.endswith(OPTIONAL):
+            del owner._buffers[leaf]
+
+
+def _check(path: Path, model: Potential, leaves: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless the file holds exactly this model."""
+    found, params = from_file(read(path))
+    written = {**_prefixed("params", leaves), **_prefixed("buffers", model.buffers)}
+    back = {
+        **_prefixed("params", tree.flatten(params)),
+        **_prefixed("buffers", found.buffers),
+    }
+    diff = tree.name_diff(map(_fingerprint, back.items()), map(_fingerprint, written.items()))
+    config = model.config.model_copy(update={"r_max": float(model.buffers["r_max"])})
+    same = {"mace_attributes": config.mace_attributes}  # newer writers add some
+    if diff or found.config.model_copy(update=same) != config:
+        raise ValueError(
+            "mace-torch cannot write this model: read back, the file differs "
+            f"(- to be written, + found):\n{diff or f'- {config}{chr(10)}+ {found.config}'}\n"
+            "Nothing was written. Please report this."
+        )
+
+
+def _prefixed(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}/{name}": array for name, array in arrays.items()}
+
+
+def _fingerprint(item: tuple[str, np.ndarray]) -> str:
+    name, array = item
+    bits = int.from_bytes(hashlib.sha256(array.tobytes()).digest()[:4])
+    return f"{name} {array.dtype} {array.shape} bits {bits:08x}"

@@ -1,0 +1,366 @@
+"""From torch files to bundles and back: bit for bit, or refused with a reason."""
+
+import dataclasses
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch")
+pytest.importorskip("mace")
+
+from parity import reference  # noqa: E402
+
+from converters import to_torch  # noqa: E402
+from converters.reader import ModelFileError, read  # noqa: E402
+from converters.to_jax import convert, from_file  # noqa: E402
+from converters.to_torch import export  # noqa: E402
+from converters.verify import structures, verify  # noqa: E402
+from jaxft import bundle, data, finetune, loss, merge, predict, surgery, tree  # noqa: E402
+from jaxft.strategies.lora import lora  # noqa: E402
+
+SHIPPED = Path(__file__).parents[1] / "benchmarks" / "data" / "gfn2_small.model"
+HCO = (1, 6, 8)
+E0_NAME = "atomic_energies_fn.atomic_energies"
+UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+def small(**changes):
+    """A small random model of H, C and O that is quick to build."""
+    return reference.build("small", elements=HCO, **{"correlation": 2} | changes)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    return reference.save(small(), tmp_path_factory.mktemp("small") / "small.model")
+
+
+def round_trip(path, folder):
+    """`.model` → bundle → `.model`."""
+    bundle.save(folder / "a.jaxft", *convert(path))
+    return export(folder / "a.jaxft", folder / "back.model")
+
+
+def assert_same_tensors(path, expected):
+    """Names, order, shapes, dtypes and bits of all tensors, and what torch trains."""
+    found, expected = reference.load(path), reference.load(expected)
+    assert list(found.state_dict()) == list(expected.state_dict())
+    for (name, ours), theirs in zip(
+        found.state_dict().items(), expected.state_dict().values(), strict=True
+    ):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes(), name
+    assert dict(found.named_parameters()).keys() == dict(expected.named_parameters()).keys()
+    assert all(p.requires_grad for p in found.parameters())
+
+
+def calculate(path, frames, dtype="float64"):
+    """Energies, forces and stresses by mace-torch's own calculator."""
+    from mace.calculators import MACECalculator
+
+    results = []
+    with reference.default_dtype(dtype):
+        calculator = MACECalculator(model_paths=str(path), device="cpu", default_dtype=dtype)
+        for atoms in frames:
+            calculator.calculate(atoms)
+            results.append(dict(calculator.results))
+    return results
+
+
+# --- bit for bit ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason=f"{SHIPPED.name} is absent")
+def test_the_shipped_model_survives_the_round_trip_bit_for_bit(tmp_path):
+    assert_same_tensors(round_trip(SHIPPED, tmp_path), SHIPPED)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float64"},
+        {"dtype": "float32"},
+        {"num_interactions": 3, "max_ell": 3, "r_max": 4.7, "radial_MLP": [16, 8]},
+        {"correlation": 3, "hidden_irreps": reference.o3.Irreps("8x0e+8x1o+8x2e")},
+        {"keep_last_layer_irreps": True},
+        {"atomic_inter_scale": [7.0], "atomic_inter_shift": [0.5]},
+        {"atomic_energies": np.array([[-1.0, -2.0, -3.0]]), "heads": ["dft"]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_a_random_model_survives_the_round_trip_bit_for_bit(options, tmp_path):
+    path = reference.save(small(**options), tmp_path / "a.model")
+    back = round_trip(path, tmp_path)
+    assert_same_tensors(back, path)
+    assert convert(back)[0].config == convert(path)[0].config
+
+
+def test_a_trainable_bessel_buffer_stays_loadable_and_becomes_a_constant(tmp_path):
+    """torch's fine-tuning turns it into a parameter that its optimiser does not know."""
+    model = small()
+    basis = model.radial_embedding.bessel_fn
+    values = basis.bessel_weights.clone() * 1.01
+    del basis.bessel_weights
+    basis.bessel_weights = torch.nn.Parameter(values)
+    path = reference.save(model, tmp_path / "a.model")
+    back = reference.load(round_trip(path, tmp_path))
+    name = "radial_embedding.bessel_fn.bessel_weights"
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert torch.equal(back.state_dict()[name], values)
+    assert name not in dict(back.named_parameters())
+    assert verify(tmp_path / "back.model").forces < 1e-9
+
+
+def test_flags_that_older_writers_lack_are_not_added(tmp_path):
+    model = small()
+    for product in model.products:
+        for contraction in product.symmetric_contractions.contractions:
+            for name in [n for n in contraction._buffers if n.endswith("_zeroed")]:
+                del contraction._buffers[name]
+    path = reference.save(model, tmp_path / "a.model")
+    assert not any("_zeroed" in name for name in read(path).tensors)
+    assert_same_tensors(round_trip(path, tmp_path), path)
+
+
+def test_the_files_own_coupling_tensors_are_kept(tmp_path):
+    """Writers with reduced Clebsch-Gordan bases have fewer paths than mace-torch makes here."""
+    model = small()
+    contraction = model.products[0].symmetric_contractions.contractions[0]
+    contraction.U_matrix_2 = contraction.U_matrix_2[..., :-1].contiguous()
+    contraction.weights_max = torch.nn.Parameter(contraction.weights_max[:, :-1].contiguous())
+    path = reference.save(model, tmp_path / "a.model")
+    back = round_trip(path, tmp_path)
+    assert_same_tensors(back, path)
+    assert verify(back).forces < 1e-9
+
+
+def test_constants_of_activations_are_the_files_own(tmp_path):
+    model = small()
+    for block in model.interactions:
+        for layer in list(block.conv_tp_weights)[:-1]:
+            layer.act.cst = 1.7
+    model.readouts[-1].non_linearity.acts[0].cst = 1.9
+    path = reference.save(model, tmp_path / "a.model")
+    back = reference.load(round_trip(path, tmp_path))
+    assert all(block.conv_tp_weights[0].act.cst == 1.7 for block in back.interactions)
+    assert back.readouts[-1].non_linearity.acts[0].cst == 1.9
+    assert verify(path).forces < 1e-9
+    assert verify(tmp_path / "back.model").forces < 1e-9
+
+
+@pytest.mark.parametrize(("stored", "cast"), [("float64", "float32"), ("float32", "float64")])
+def test_a_cast_model_is_exported_in_one_dtype_with_unrounded_e0s(stored, cast, tmp_path):
+    path = reference.save(small(dtype=stored), tmp_path / "a.model")
+    model, params = convert(path)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, cast), params)
+    back = reference.load(export((model, params), tmp_path / "b.model"))
+    dtypes = {t.dtype for n, t in back.state_dict().items() if t.is_floating_point()}
+    assert dtypes <= {getattr(torch, cast), getattr(torch, stored)}
+    others = {n: t for n, t in back.state_dict().items() if n != E0_NAME and t.is_floating_point()}
+    assert {t.dtype for t in others.values()} == {getattr(torch, cast)}
+    assert torch.equal(back.state_dict()[E0_NAME], reference.load(path).state_dict()[E0_NAME])
+    frames = list(structures(HCO, model.r_max).values())
+    ours = _predicted(model, params, frames, cast)
+    for (_, forces, _), theirs in zip(ours, calculate(tmp_path / "b.model", frames, cast)):
+        np.testing.assert_allclose(forces, theirs["forces"], atol=1e-4)
+
+
+# --- fine-tuned models ----------------------------------------------------------------------------
+
+
+def _predicted(model, params, frames, dtype):
+    """Total energy, forces and stress of each frame."""
+    dataset = data.prepare([data.from_atoms(a) for a in frames], model)
+    (batch,) = data.epoch(dataset, len(frames), dtype=dtype)
+    params = jax.tree.map(functools.partial(jnp.asarray, dtype=dtype), params)
+    out = jax.jit(functools.partial(predict, model))(params, batch.graph)
+    ends = np.cumsum([len(a) for a in frames])
+    forces = np.split(np.asarray(out.forces)[: ends[-1]], ends[:-1])
+    e0 = dict(zip(model.atomic_numbers, model.e0s, strict=True))
+    return [
+        (float(out.energy[g]) + sum(e0[z] for z in atoms.numbers.tolist()), f, out.stress[g])
+        for g, (atoms, f) in enumerate(zip(frames, forces, strict=True))
+    ]
+
+
+def test_a_fine_tuned_model_gives_the_same_numbers_in_torch(small_file, tmp_path):
+    """LoRA, a few steps, merged, other E0s, exported, run by MACECalculator."""
+    start, params = convert(small_file)
+    model = surgery.set_e0s(start, {1: -13.587222780835477})
+    dataset = data.prepare(
+        [data.from_atoms(atoms, keys=data.Keys()) for atoms in reference.labelled_crystals(model)],
+        model,
+    )
+    (batch,) = data.epoch(dataset, 2, dtype="float64")
+    recipe = (lora(rank=2, also_train="readouts_*/**"),)
+    objective = loss.weighted(model, stress=100.0)
+    init, step = finetune(objective, recipe, optax.adam(1e-2))
+    state = init(jax.random.key(0), jax.tree.map(jnp.asarray, params))
+    for _ in range(3):
+        state, info = step(state, batch)
+    assert info["is_finite"]
+    tuned = merge(recipe, state)
+    bundle.save(tmp_path / "tuned.jaxft", model, tuned)
+    path = export(tmp_path / "tuned.jaxft", tmp_path / "tuned.model")
+
+    frames = list(structures(HCO, model.r_max).values())
+    ours = _predicted(model, tuned, frames, "float64")
+    before = _predicted(start, params, frames, "float64")
+    assert max(np.abs(a[1] - b[1]).max() for a, b in zip(ours, before)) > 1e-2  # it did move
+    for atoms, (energy, forces, stress), theirs in zip(frames, ours, calculate(path, frames)):
+        assert energy == pytest.approx(theirs["energy"], abs=1e-10 * len(atoms))
+        np.testing.assert_allclose(forces, theirs["forces"], atol=1e-9)
+        if atoms.pbc.all():
+            voigt = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+            np.testing.assert_allclose(voigt, theirs["stress"], atol=1e-10)
+
+
+def test_an_exported_model_is_a_valid_start(small_file, tmp_path):
+    model, params = convert(small_file)
+    again, same = convert(export((model, params), tmp_path / "b.model"))
+    assert again.config == model.config
+    assert again.buffers.keys() == model.buffers.keys()
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+
+
+# --- manners --------------------------------------------------------------------------------------
+
+
+def test_export_changes_nothing_global(small_file, tmp_path, monkeypatch):
+    monkeypatch.delenv(UNSAFE, raising=False)
+    random, filters = torch.random.get_rng_state(), list(warnings.filters)
+    with reference.default_dtype("float16"):
+        export(convert(small_file), tmp_path / "b.model")
+        assert torch.get_default_dtype() == torch.float16
+    assert UNSAFE not in os.environ
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert filters == warnings.filters
+
+
+def test_export_refuses_an_existing_file(small_file, tmp_path):
+    (tmp_path / "b.model").write_text("precious")
+    with pytest.raises(FileExistsError, match="nothing was overwritten"):
+        export(convert(small_file), tmp_path / "b.model")
+    assert (tmp_path / "b.model").read_text() == "precious"
+
+
+def test_export_refuses_parameters_of_another_shape_or_name(small_file, tmp_path):
+    model, params = convert(small_file)
+    flat = dict(tree.flatten(params))
+    del flat["readouts_0/linear/0e"]
+    flat["lora/A"] = np.zeros((2, 2))
+    with pytest.raises(ValueError, match=r"(?s)- readouts_0/linear/0e .*\+ lora/A \(2, 2\)"):
+        export((model, tree.unflatten(flat)), tmp_path / "b.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_reads_back_what_it_wrote(small_file, tmp_path, monkeypatch):
+    fill = to_torch._fill
+
+    def forgetful(torch, module, tensors):
+        name = "products.1.linear.weight"
+        fill(torch, module, {**tensors, name: tensors[name] + 1e-12})
+
+    monkeypatch.setattr(to_torch, "_fill", forgetful)
+    with pytest.raises(ValueError, match=r"(?s)- params/products_1/linear/0e.*\+ params/"):
+        export(convert(small_file), tmp_path / "b.model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_a_float64_bundle_needs_no_float64_in_jax(small_file, tmp_path):
+    bundle.save(tmp_path / "a.jaxft", *convert(small_file))
+    jax.config.update("jax_enable_x64", False)
+    try:
+        export(tmp_path / "a.jaxft", tmp_path / "b.model")
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    assert_same_tensors(tmp_path / "b.model", small_file)
+
+
+def test_verify_prints_a_table_and_finds_a_wrong_number(small_file, tmp_path, monkeypatch):
+    report = verify(small_file)
+    assert report.energy < 1e-10
+    assert report.forces < 1e-9
+    assert report.stress < 1e-10
+    assert len(report.rows) == 6
+    assert sum(row.stress is not None for row in report.rows) == 2
+    assert "triclinic crystal" in str(report)
+    assert verify(small_file, dtype="float32").forces < 1e-4
+
+    def wrong(path):
+        model, params = convert(path)
+        return model, jax.tree.map(lambda leaf: leaf * (1 + 1e-6), params)
+
+    monkeypatch.setattr("converters.verify.convert", wrong)
+    frames = [structures(HCO, 4.5)["molecule"]]
+    assert verify(small_file, frames=frames).forces > 1e-7
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_tensors_that_are_missing_or_unknown_are_both_listed(small_file):
+    file = read(small_file)
+    tensors = dict(file.tensors)
+    lost = tensors.pop("interactions.0.skip_tp.weight")
+    tensors["interactions.0.alpha"] = lost
+    changed = dataclasses.replace(
+        file, tensors=tensors, parameters=file.parameters | {"interactions.0.alpha"}
+    )
+    with pytest.raises(
+        ModelFileError,
+        match=r"(?s)- interactions\.0\.skip_tp\.weight\n\+ interactions\.0\.alpha",
+    ):
+        from_file(changed)
+
+
+def test_a_tensor_of_another_size_is_named(small_file):
+    file = read(small_file)
+    name = "interactions.1.linear.weight"
+    changed = dataclasses.replace(file, tensors={**file.tensors, name: file.tensors[name][:-1]})
+    with pytest.raises(ModelFileError, match=r"interactions\.1\.linear\.weight"):
+        from_file(changed)
+
+
+BLOCKS = reference.modules.interaction_classes
+DENSITY = BLOCKS["RealAgnosticDensityResidualInteractionBlock"]
+PLAIN = BLOCKS["RealAgnosticInteractionBlock"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"interaction_cls": DENSITY}, "RealAgnosticDensityResidualInteractionBlock"),
+        ({"interaction_cls_first": PLAIN}, "RealAgnosticInteractionBlock"),
+        ({"pair_repulsion": True}, "pair_repulsion_fn"),
+        ({"distance_transform": "Agnesi"}, "AgnesiTransform"),
+        (
+            {"heads": ["dft", "cc"], "atomic_energies": np.zeros((2, 3))}
+            | {"atomic_inter_scale": [1.0, 1.0], "atomic_inter_shift": [0.0, 0.0]},
+            r"2 heads \(dft, cc\)",
+        ),
+        ({"radial_type": "gaussian"}, "GaussianBasis"),
+        ({"radial_type": "chebyshev"}, "ChebychevBasis"),
+        ({"use_last_readout_only": True}, "use_last_readout_only"),
+        ({"cls": reference.modules.MACE}, r"mace\.modules\.models\.MACE"),
+        ({"use_agnostic_product": True}, "use_agnostic_product"),
+        ({"gate": torch.tanh}, r"torch\.tanh"),
+        ({"apply_cutoff": False}, "apply_cutoff"),
+        (
+            {"readout_cls": reference.modules.blocks.NonLinearBiasReadoutBlock},
+            "NonLinearBiasReadoutBlock",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_cannot_be_reproduced_is_refused_by_name(changes, reason, tmp_path):
+    path = reference.save(small(**changes), tmp_path / "a.model")
+    with pytest.raises(ModelFileError, match=reason):
+        convert(path)
