@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import NamedTuple
 
 import ase
 import jax
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
 from jaxft.bundle import load
-from jaxft.data import Frame, from_atoms, prepare
-from jaxft.evaluate.predictions import Predictor, ase_results, cast, working_dtype
+from jaxft.data import Dataset, Frame, Shape, from_atoms, prepare
+from jaxft.evaluate.predictions import ase_results, cast, predict_batch, working_dtype
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
 ROW_WIDTH = 16
 """Slots per edge row, the same for every structure, so that it adds no static shapes."""
+
+FIRST_HEADROOM = 1.1
+"""Free room in the first static shape, so that vibrating atoms stay inside it."""
+
+GROWTH = 1.25
+"""Free room in every later shape: sizes that creep up compile logarithmically often."""
+
+WASTE = 2
+"""A shape is reused for structures down to this fraction of its size."""
+
+SMALL_NODES, SMALL_ROWS = 32, 64
+"""Every shape but the first has this size at least, and is reused for anything smaller."""
+
+
+class _Static(NamedTuple):
+    """What the compiled program depends on; the row width is fixed and there is one graph."""
+
+    n_row: int
+    n_node: int
+    n_element: int
 
 
 class JaxftCalculator(Calculator):
@@ -45,14 +65,9 @@ class JaxftCalculator(Calculator):
     """
 
     name = "jaxft"
-    implemented_properties: ClassVar[list[str]] = [
-        "energy",
-        "free_energy",
-        "energies",
-        "forces",
-        "stress",
-    ]
-    ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}
+    # ASE's own annotations make these instance variables.
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+    ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -65,26 +80,19 @@ class JaxftCalculator(Calculator):
         super().__init__()
         model, params = _loaded(model_or_path, params, dtype)
         _check_head(model.config.heads, head)
-        self._predictor = Predictor(model, dtype=working_dtype(params, dtype))
-        self._params = cast(params, self._predictor.dtype)
-
-    @property
-    def model(self) -> Potential:
-        return self._predictor.model
-
-    @property
-    def dtype(self) -> str:
-        """Of the computation; results are float64 always."""
-        return self._predictor.dtype
+        self.model = model
+        self.dtype = working_dtype(params, dtype)
+        self._params = cast(params, self.dtype)
+        self._compiled: list[_Static] = []
 
     @property
     def compilations(self) -> int:
         """Static shapes used so far; the model is compiled once for each.
 
         Shapes have room to spare and are reused, so this stays put while atoms move and grows with
-        the logarithm of the size when atoms are added. Calculators of one potential share them.
+        the logarithm of the size when atoms are added. Calculators of one potential share programs.
         """
-        return self._predictor.compilations
+        return len(self._compiled)
 
     def calculate(
         self,
@@ -101,8 +109,42 @@ class JaxftCalculator(Calculator):
                 f"{frame.source} has pbc={frame.pbc}."
             )
         dataset = prepare([frame], self.model, row_width=ROW_WIDTH)
-        (result,) = self._predictor(self._params, dataset, [0])
+        static = self._static(dataset)
+        shape = Shape(n_node=static.n_node, n_row=static.n_row, n_graph=2)
+        (result,) = predict_batch(
+            self.model, self._params, dataset, [0], shape, num_elements=static.n_element
+        )
         self.results = ase_results(result)
+
+    def _static(self, dataset: Dataset) -> _Static:
+        """The smallest shape so far that suits, or a new one."""
+        (sample,) = dataset.samples
+        need = _Static(len(sample.receivers), len(sample.species) + 1, len(dataset.elements))
+        suitable = [static for static in self._compiled if _suits(static, need)]
+        if suitable:
+            return min(suitable)
+        if self._compiled:
+            n_row = max(_rounded(GROWTH * need.n_row), SMALL_ROWS)
+            n_node = max(_rounded(GROWTH * need.n_node), SMALL_NODES)
+        else:
+            n_row = _rounded(FIRST_HEADROOM * need.n_row)
+            n_node = _rounded(FIRST_HEADROOM * need.n_node)
+        static = _Static(n_row, n_node, need.n_element)
+        self._compiled.append(static)
+        return static
+
+
+def _suits(static: _Static, need: _Static) -> bool:
+    return (
+        need.n_row <= static.n_row <= max(WASTE * need.n_row, SMALL_ROWS)
+        and need.n_node <= static.n_node <= max(WASTE * need.n_node, SMALL_NODES)
+        and need.n_element <= static.n_element <= WASTE * need.n_element
+    )
+
+
+def _rounded(count: float) -> int:
+    """Up to a multiple of 8, and at least 8."""
+    return max(int(-(-count // 8)) * 8, 8)
 
 
 def _loaded(

@@ -1,0 +1,23 @@
+"""What a model says of frames, how far off it is, and pictures of it."""
+
+from jaxft.evaluate.errors import ErrorTable, GroupErrors, errors
+from jaxft.evaluate.plots import parity_plot
+from jaxft.evaluate.predictions import (
+    FrameResult,
+    predict_batch,
+    predict_file,
+    predict_frames,
+    with_results,
+)
+
+__all__ = [
+    "ErrorTable",
+    "FrameResult",
+    "GroupErrors",
+    "errors",
+    "parity_plot",
+    "predict_batch",
+    "predict_file",
+    "predict_frames",
+    "with_results",
+]

@@ -1,0 +1,250 @@
+"""Energies, forces and stresses of frames: batched, padded, in one compilation.
+
+Isolated-atom energies are added here, on the host and in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ase
+import ase.io
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from jaxft.bundle import refuse_existing, require_dtype
+from jaxft.data import Dataset, Frame, Shape, pack, prepare, read
+from jaxft.potential import Potential, predict
+from jaxft.typing import Array, Params
+
+GRID = 1.25
+"""Ratio of neighbouring capacities, so that similar sets of frames share compiled programs."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameResult:
+    """What a model says of one frame."""
+
+    energy: float
+    """eV, total: isolated-atom energies included."""
+    energies: np.ndarray
+    """[n] eV, per atom, isolated-atom energies included; their sum is ``energy``."""
+    forces: np.ndarray
+    """[n, 3] eV/Å."""
+    stress: np.ndarray | None
+    """[3, 3] eV/Å³, ASE sign; None unless the frame is periodic in three directions."""
+
+
+# One jit for everything that predicts: predictions before and after training, of several files or
+# by several calculators, share the compiled programs of a potential.
+_predict = jax.jit(predict, static_argnums=0)
+
+
+def predict_batch(
+    model: Potential,
+    params: Params,
+    dataset: Dataset,
+    chosen: Sequence[int],
+    shape: Shape,
+    *,
+    num_elements: int | None = None,
+) -> list[FrameResult]:
+    """Results of the frames at the positions ``chosen`` of ``dataset``, as one batch.
+
+    Compiles once per shape, row width, number of elements and dtype.
+
+    Args:
+      model: the potential.
+      params: its parameters as jax arrays; their dtype is that of the computation.
+      dataset: from :func:`jaxft.data.prepare`.
+      chosen: positions in it.
+      shape: that the frames fit into.
+      num_elements: pad the batch's elements to so many; by default they are not padded.
+    """
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    graph = pack(dataset, chosen, shape, dtype).graph
+    spare = max((num_elements or 0) - len(dataset.elements), 0)
+    elements = np.pad(dataset.elements, (0, spare), mode="edge")
+    graph = graph._replace(elements=jnp.asarray(elements))
+    prediction = jax.device_get(_predict(model, params, graph))
+    results = []
+    start = 0
+    for g, index in enumerate(chosen):
+        frame, species = dataset.frames[index], dataset.samples[index].species
+        atoms = slice(start, start + len(species))
+        start = atoms.stop
+        e0s = model.e0s[dataset.elements[species]]
+        energies = np.asarray(prediction.node_energy[atoms], np.float64) + e0s
+        stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
+        forces = np.array(prediction.forces[atoms], np.float64)
+        results.append(FrameResult(float(energies.sum()), energies, forces, stress))
+    return results
+
+
+def predict_frames(
+    model: Potential,
+    params: Params,
+    frames: Sequence[Frame],
+    *,
+    batch_size: int = 16,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FrameResult]:
+    """Energies, forces and stresses of ``frames``, in their order.
+
+    All batches have one static shape, which holds the ``batch_size`` largest frames; smaller ones
+    fill it in greater numbers. So the model is compiled once, and the largest frames come first, so
+    that memory runs out at once or never. Results depend on the batch size by rounding only.
+
+    Args:
+      model: the potential.
+      params: its parameters, jax or numpy.
+      frames: structures; their labels are not looked at.
+      batch_size: largest frames per batch.
+      dtype: of the computation; by default as :func:`working_dtype`.
+      progress: called with (frames done, frames in total) after every batch.
+
+    Raises:
+      ValueError: a frame holds an element that the model does not know or an impossible geometry
+        (before anything is compiled), or float64 is asked for while JAX has it switched off.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batches of {batch_size} frames are not possible; use batch_size >= 1.")
+    params = cast(params, working_dtype(params, dtype))
+    if not frames:
+        return []
+    dataset = prepare(frames, model)
+    results: dict[int, FrameResult] = {}
+    shape, batches = _plan(dataset, batch_size)
+    for chosen in batches:
+        found = predict_batch(model, params, dataset, chosen, shape)
+        results.update(zip(chosen, found, strict=True))
+        if progress is not None:
+            progress(len(results), len(frames))
+    return [results[i] for i in range(len(frames))]
+
+
+def _plan(dataset: Dataset, batch_size: int) -> tuple[Shape, list[list[int]]]:
+    """The static shape, and which frames share a batch: filled in order of size, largest first."""
+    nodes = [len(sample.species) for sample in dataset.samples]
+    rows = [len(sample.receivers) for sample in dataset.samples]
+    n_node = _capacity(sum(sorted(nodes)[-batch_size:]))
+    n_row = _capacity(sum(sorted(rows)[-batch_size:]))
+    n_graph = min(n_node, _capacity(len(nodes)))
+    batches: list[list[int]] = [[]]
+    node = row = 0
+    for i in sorted(range(len(nodes)), key=lambda i: -rows[i]):
+        is_full = node + nodes[i] > n_node or row + rows[i] > n_row or len(batches[-1]) == n_graph
+        if is_full:
+            batches.append([])
+            node = row = 0
+        batches[-1].append(i)
+        node, row = node + nodes[i], row + rows[i]
+    # one more atom and graph for the padding
+    return Shape(n_node + 1, n_row, n_graph + 1), batches
+
+
+def _capacity(count: int) -> int:
+    """``count``, rounded up to the grid."""
+    steps = np.ceil(np.log(max(count, 8) / 8) / np.log(GRID) - 1e-9)
+    return int(np.ceil(8 * GRID**steps))
+
+
+def predict_file(
+    model: Potential,
+    params: Params,
+    structures: str | Path,
+    output: str | Path,
+    *,
+    batch_size: int = 16,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Predict all structures of a file and write them, with results, as extended XYZ.
+
+    What the structures carry in ``info`` and ``arrays`` is kept, see :func:`with_results`.
+
+    Args:
+      model: the potential.
+      params: its parameters.
+      structures: a file that ASE reads.
+      output: the file to write.
+      batch_size: as in :func:`predict_frames`, like the two that follow.
+      dtype: of the computation.
+      progress: called after every batch.
+
+    Returns:
+      How many structures were written.
+
+    Raises:
+      FileExistsError: ``output`` exists; nothing is overwritten.
+      ValueError: as :func:`predict_frames`, or the file cannot be read.
+    """
+    refuse_existing(Path(output))
+    frames = read(structures)
+    results = predict_frames(
+        model, params, frames, batch_size=batch_size, dtype=dtype, progress=progress
+    )
+    images = ase.io.read(structures, index=":")
+    written = [with_results(a, r) for a, r in zip(images, results, strict=True)]
+    ase.io.write(output, written, format="extxyz")
+    return len(written)
+
+
+def working_dtype(params: Params, dtype: str | None = None) -> str:
+    """``dtype``, or by default float64 if ``params`` are and JAX has it switched on, else float32.
+
+    Raises:
+      ValueError: float64 is asked for while JAX has it switched off.
+    """
+    if dtype is not None:
+        return require_dtype(dtype)
+    is_double = np.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params))) == np.float64
+    return "float64" if is_double and jax.config.read("jax_enable_x64") else "float32"
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """The parameters as jax arrays of ``dtype``."""
+
+    def leaf(array: Array | np.ndarray) -> Array:
+        return jnp.asarray(array, dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def with_results(atoms: ase.Atoms, result: FrameResult) -> ase.Atoms:
+    """A copy of ``atoms`` that answers ``get_potential_energy`` and its kin with ``result``.
+
+    Its ``info`` and ``arrays`` are kept, so labels under ``REF_*`` keys stay beside the results
+    when the copy is written. Results of a calculator on ``atoms`` are replaced; read labels that a
+    file stores as plain ``energy`` and ``forces`` before.
+
+    Raises:
+      ValueError: ``result`` belongs to a structure with another number of atoms.
+    """
+    if len(result.forces) != len(atoms):
+        raise ValueError(
+            f"the result has {len(result.forces)} atoms, the structure {atoms.symbols} has "
+            f"{len(atoms)}; give the structure that the result was predicted for."
+        )
+    copy = atoms.copy()
+    copy.calc = SinglePointCalculator(copy, **ase_results(result))
+    return copy
+
+
+def ase_results(result: FrameResult) -> dict[str, float | np.ndarray]:
+    """In ASE's words: stress in Voigt order xx, yy, zz, yz, xz, xy, absent where it is None."""
+    found: dict[str, float | np.ndarray] = {
+        "energy": result.energy,
+        "free_energy": result.energy,
+        "energies": result.energies,
+        "forces": result.forces,
+    }
+    if result.stress is not None:
+        found["stress"] = full_3x3_to_voigt_6_stress(result.stress)
+    return found
