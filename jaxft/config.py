@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from ase.data import atomic_numbers
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jaxft.strategies import STRATEGIES, Strategy
 
@@ -79,6 +79,12 @@ class LossConfig(_Strict):
     """(eV/Å)⁻²"""
     stress: float = Field(0.0, ge=0)
     """(eV/Å³)⁻²"""
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> LossConfig:
+        if not (self.energy or self.forces or self.stress):
+            raise ValueError("no weight is positive, so there is nothing to fit")
+        return self
 
 
 class OptimizerConfig(_Strict):

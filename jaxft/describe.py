@@ -35,7 +35,7 @@ def describe(recipe: Recipe, params: Params) -> str:
 
 def rows_of(recipe: Recipe, params: Params) -> list[tuple[str, tuple[int, ...], str, int]]:
     """(path, shape, state, trained numbers) per leaf; a state names the strategies involved."""
-    base.check_names(recipe)
+    base.check(recipe, params)
     trained = tree.flatten(base.trains(recipe, params))
     coords, _ = jax.eval_shape(lambda: base.init(recipe, jax.random.key(0), params))
     rows = []

@@ -82,16 +82,10 @@ def finetune(
 
     def init(key: Array, params: Params) -> TrainState:
         params = tree.copy(params)
-        mask = base.trains(recipe, params)
+        base.check(recipe, params)
         coords, consts = base.init(recipe, key, params)
-        moving, fixed = tree.partition(params, mask)
+        moving, fixed = tree.partition(params, base.trains(recipe, params))
         trainable = Trainable(moving, tree.copy(coords))
-        if not jax.tree.leaves(trainable):
-            names = ", ".join(strategy.name for strategy in recipe)
-            raise ValueError(
-                f"the recipe ({names}) leaves nothing to train: all {len(jax.tree.leaves(params))}"
-                " leaves are frozen and no strategy owns coordinates; train at least one leaf."
-            )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             trainable=trainable,
@@ -109,7 +103,7 @@ def finetune(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         gradient, info = jax.grad(total, has_aux=True)(state.trainable, state.frozen, batch)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(info["loss"])
         updates, opt_state = chain.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ class Strategy:
     """``effective params, consts, batch -> scalar``, added to the loss."""
     project: Callable[[Coords, Consts], Coords] = _stays
     """``coords, consts -> coords``, after the update."""
-    tx: optax.GradientTransformation = optax.identity()
+    tx: optax.GradientTransformation = field(default_factory=optax.identity)
     """Acts on the updates, after the optimiser."""
     sources: tuple[Any, ...] = ()
     """Extra data."""
@@ -75,8 +75,22 @@ def check_names(recipe: Recipe) -> None:
     twice = [name for name, n in Counter(s.name for s in recipe).items() if n > 1]
     if twice:
         raise ValueError(
-            f"the recipe holds more than one strategy named {', '.join(map(repr, sorted(twice)))};\n"
+            "the recipe holds more than one strategy named "
+            f"{', '.join(map(repr, sorted(twice)))};\n"
             "names must be unique, since they key coordinates and log lines: pass name=… to one."
+        )
+
+
+def check(recipe: Recipe, params: Params) -> None:
+    """Raises ValueError for whatever a strategy refuses, and if nothing would train."""
+    check_names(recipe)
+    mask = trains(recipe, params)
+    coords, _ = jax.eval_shape(lambda: init(recipe, jax.random.key(0), params))
+    if not any(jax.tree.leaves(mask)) and not jax.tree.leaves(coords):
+        names = ", ".join(strategy.name for strategy in recipe)
+        raise ValueError(
+            f"the recipe ({names}) leaves nothing to train: all {len(jax.tree.leaves(params))} "
+            "leaves are frozen and no strategy owns coordinates; train at least one leaf."
         )
 
 

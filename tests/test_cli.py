@@ -1,0 +1,285 @@
+"""The command: what it writes, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import ase
+import ase.io
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import jaxft
+from jaxft import bundle, tree
+from jaxft.cli import app
+from jaxft.data import Frame
+
+MODEL = Path(__file__).parents[1] / "benchmarks" / "data" / "gfn2_small.model"
+
+
+def run(*arguments: object) -> object:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def write_frames(path: Path, frames: list[Frame]) -> Path:
+    images = []
+    for frame in frames:
+        atoms = ase.Atoms(frame.atomic_numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+        atoms.info["REF_energy"] = frame.energy
+        atoms.arrays["REF_forces"] = frame.forces
+        if frame.stress is not None:
+            atoms.info["REF_stress"] = frame.stress
+        images.append(atoms)
+    ase.io.write(path, images)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: tuple, frames: list[Frame]) -> Path:
+    """A folder with a bundle ``tiny.jaxft`` and labelled frames ``frames.xyz``."""
+    folder = tmp_path_factory.mktemp("cli")
+    jaxft.save(folder / "tiny.jaxft", *tiny)
+    write_frames(folder / "frames.xyz", frames)
+    return folder
+
+
+@pytest.fixture
+def settings(folder: Path, tmp_path: Path) -> dict:
+    return {
+        "model": str(folder / "tiny.jaxft"),
+        "output": str(tmp_path / "run"),
+        "train": str(folder / "frames.xyz"),
+        "valid": str(folder / "frames.xyz"),
+        "e0s": "foundation",
+        "recipe": [{"strategy": "freeze", "except": "readouts_*/**"}],
+        "epochs": 2,
+        "batch_size": 4,
+        "dtype": "float64",
+    }
+
+
+def config_file(folder: Path, settings: dict) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_convert_info_and_convert_again(tiny_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new.jaxft"
+    assert run("convert", tiny_file, out).exit_code == 0
+    of_bundle = json.loads(run("info", out, "--json").stdout)
+    of_file = json.loads(run("info", tiny_file, "--json").stdout)
+    assert of_bundle == of_file
+    assert of_file["heads"] == ["Default"]
+    assert set(of_file["e0s"]) == {"H", "C", "O", "Na", "Cl"}
+    assert "ScaleShiftMACE" in run("info", out).stdout
+    again = run("convert", tiny_file, out)
+    assert again.exit_code == 1
+    assert "exists; nothing was overwritten" in again.output
+
+
+def test_convert_casts_parameters_and_keeps_the_isolated_atoms(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    assert run("convert", tiny_file, tmp_path / "b", "--dtype", "float32").exit_code == 0
+    model, params = jaxft.load(tmp_path / "b")
+    original, _, _ = bundle.load_numpy(tmp_path / "b")
+    assert {leaf.dtype.name for leaf in tree.flatten(params).values()} == {"float32"}
+    assert model.buffers["atomic_energies_fn/atomic_energies"].dtype == np.float64
+    assert original.config == model.config
+
+
+def test_predict_writes_what_ase_reads_back(folder: Path, tmp_path: Path, tiny: tuple) -> None:
+    out = tmp_path / "out.xyz"
+    result = run("predict", folder / "tiny.jaxft", folder / "frames.xyz", out)
+    assert result.exit_code == 0, result.output
+    predicted, given = ase.io.read(out, ":"), ase.io.read(folder / "frames.xyz", ":")
+    assert len(predicted) == len(given)
+    for new, old in zip(predicted, given, strict=True):
+        assert np.isfinite(new.get_potential_energy())
+        assert new.get_forces().shape == (len(new), 3)
+        assert new.info["REF_energy"] == old.info["REF_energy"]
+        if all(new.pbc):
+            assert new.get_stress().shape == (6,)
+    assert run("predict", folder / "tiny.jaxft", folder / "frames.xyz", out).exit_code == 1
+
+
+def test_evaluate_errors_prints_a_table_or_json(folder: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", "errors", folder / "tiny.jaxft", folder / "frames.xyz")
+    assert "F RMSE" in run(*arguments).stdout
+    plot = tmp_path / "parity.png"
+    found = json.loads(run(*arguments, "--json", "--plot", plot).stdout)
+    assert found["total"]["forces"]["rmse"] > 0
+    assert plot.stat().st_size > 1000
+
+
+def test_finetune_leaves_a_better_bundle_and_its_record(
+    settings: dict, folder: Path, tmp_path: Path
+) -> None:
+    settings["test"] = {"same frames": {"files": settings["train"], "e0s": "base"}}
+    settings["ema_decay"] = None
+    settings["optimizer"] = {"learning_rate": 1e-2}
+    result = run("finetune", config_file(tmp_path, settings), "epochs=4")
+    assert result.exit_code == 0, result.output
+    output = tmp_path / "run"
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert min(row["valid/loss"] for row in rows) < rows[0]["valid/loss"]
+    assert yaml.safe_load((output / "config.yaml").read_text())["epochs"] == 4
+    assert (output / "parity-same-frames.png").is_file()
+    assert "same frames" in result.stdout
+    provenance = json.loads(run("info", output / "model.jaxft", "--json").stdout)["provenance"]
+    assert provenance["config"]["epochs"] == 4
+    again = run("finetune", config_file(tmp_path, settings))
+    assert again.exit_code == 1
+    assert "exists; nothing was overwritten" in again.output
+
+
+def test_describe_counts_what_trains(settings: dict, tmp_path: Path) -> None:
+    lines = run("describe", config_file(tmp_path, settings)).stdout.splitlines()
+    assert any("interactions_0/linear_up/0e" in line and "frozen" in line for line in lines)
+    assert lines[-1].startswith("trainable params: ")
+
+
+def test_init_and_schema() -> None:
+    assert {"freeze", "lora", "naive"} <= set(run("init").stdout.split())
+    assert yaml.safe_load(run("init", "--preset", "lora").stdout)["recipe"]
+    assert json.loads(run("schema").stdout)["properties"]["epochs"]
+
+
+def no_zip(path: Path) -> None:
+    path.write_bytes(b"this is no model" * 100)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def torchscript(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("m/constants.pkl", pickle.dumps((), protocol=2))
+        archive.writestr("m/code/__torch__.py", "")
+
+
+def state_dict(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({"a": 1.0}, protocol=2))
+        archive.writestr("m/version", "3\n")
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return (print, ("executed",))
+
+
+def hostile(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps(Payload(), protocol=2))
+        archive.writestr("m/version", "3\n")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(MODEL.read_bytes()[:200_000])
+
+
+@pytest.mark.parametrize("make", [no_zip, empty, torchscript, state_dict, hostile, truncated])
+@pytest.mark.parametrize("command", ["convert", "info"])
+def test_files_that_are_no_model_are_refused(command: str, make: object, tmp_path: Path) -> None:
+    path = tmp_path / "file.model"
+    make(path)
+    arguments = [path, tmp_path / "out.jaxft"] if command == "convert" else [path]
+    result = run(command, *arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert "executed" not in result.output.splitlines()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file.model"]
+
+
+def break_element(frames: list[ase.Atoms]) -> None:
+    frames[1].numbers[0] = 92
+
+
+def break_labels(frames: list[ase.Atoms]) -> None:
+    for atoms in frames:
+        del atoms.info["REF_energy"]
+
+
+def break_numbers(frames: list[ase.Atoms]) -> None:
+    frames[2].arrays["REF_forces"][0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("break_", "words"),
+    [
+        (break_element, ["frames.xyz:1", "U", "H C O Na Cl"]),
+        (break_labels, ["REF_energy", "none of"]),
+        (break_numbers, ["frames.xyz:2", "REF_forces", "NaN"]),
+    ],
+)
+def test_frames_that_cannot_be_used_stop_the_run_before_it_starts(
+    break_: object, words: list[str], settings: dict, folder: Path, tmp_path: Path
+) -> None:
+    images = ase.io.read(folder / "frames.xyz", ":")
+    break_(images)
+    ase.io.write(tmp_path / "frames.xyz", images)
+    settings["train"] = str(tmp_path / "frames.xyz")
+    result = run("finetune", config_file(tmp_path, settings))
+    assert result.exit_code == 1
+    for word in words:
+        assert word in result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epoch": 3}, ["unknown key 'epoch'", "'epochs'"]),
+        ({"model": "absent.jaxft"}, ["absent.jaxft", "jaxft convert"]),
+        ({"train": "absent.xyz"}, ["absent.xyz"]),
+        ({"recipe": [{"strategy": "freeze", "where": "readout_*/**"}]}, ["closest"]),
+        ({"recipe": [{"strategy": "lora", "rank": 400}]}, ["rank=400", "use rank <"]),
+        ({"e0s": "isolated_atoms"}, ["no isolated-atom energy", "foundation"]),
+        ({"e0s": dict.fromkeys(["H", "C", "O", "Na", "Cl", "U"], -1.0)}, ["for U", "H C O"]),
+        ({"recipe": [{"strategy": "freeze", "where": "**"}]}, ["leaves nothing to train"]),
+        ({"loss": {"energy": 0, "forces": 0}}, ["loss", "no weight"]),
+        ({"loss": {"stress": 1.0, "energy": 0.0, "forces": 0.0}, "keys": {"stress": "s"}}, ["'s'"]),
+    ],
+)
+def test_settings_that_cannot_be_used_stop_the_run_before_it_starts(
+    changes: dict, words: list[str], settings: dict, tmp_path: Path
+) -> None:
+    result = run("finetune", config_file(tmp_path, settings | changes))
+    assert result.exit_code == 1
+    for word in words:
+        assert word in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_refuses_unknown_elements_heads_and_names(folder: Path, tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "uranium.xyz", ase.Atoms("U"))
+    model = folder / "tiny.jaxft"
+    element = run("predict", model, tmp_path / "uranium.xyz", tmp_path / "out.xyz")
+    head = run("predict", model, folder / "frames.xyz", tmp_path / "out.xyz", "--head", "other")
+    assert (element.exit_code, head.exit_code) == (1, 1)
+    assert "U" in element.output
+    assert "'Default'" in head.output
+    assert not (tmp_path / "out.xyz").exists()
+
+
+def test_a_diverged_run_exits_with_3_names_the_frames_and_keeps_a_good_state(
+    settings: dict, tmp_path: Path
+) -> None:
+    settings["optimizer"] = {"name": "sgd", "learning_rate": 1e300, "clip_norm": None}
+    settings["ema_decay"] = None
+    result = run("finetune", config_file(tmp_path, settings))
+    assert result.exit_code == 3
+    assert "not finite" in result.output
+    assert "frames.xyz:" in result.output
+    assert any((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "model.jaxft").exists()
