@@ -27,7 +27,8 @@ def full(objective):
 @pytest.fixture(scope="module")
 def few(params):
     """The first layer's parameters: what compiles twice as fast."""
-    return {name: params[name] for name in ("node_embedding", "interactions_0", "readouts_0")}
+    names = ("node_embedding", "interactions_0", "products_0", "readouts_0")
+    return {name: params[name] for name in names}
 
 
 def wavy(params, batch):
