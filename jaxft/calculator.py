@@ -11,7 +11,7 @@ import jax
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
 from jaxft.bundle import load
-from jaxft.data import Dataset, Frame, Shape, from_atoms, prepare
+from jaxft.data import Dataset, Shape, prepare, unlabelled
 from jaxft.evaluate.predictions import ase_results, cast, predict_batch, working_dtype
 from jaxft.potential import Potential
 from jaxft.typing import Params
@@ -79,7 +79,7 @@ class JaxftCalculator(Calculator):
     ) -> None:
         super().__init__()
         model, params = _loaded(model_or_path, params, dtype)
-        _check_head(model.config.heads, head)
+        model.require_head(head)
         self.model = model
         self.dtype = working_dtype(params, dtype)
         self._params = cast(params, self.dtype)
@@ -102,7 +102,7 @@ class JaxftCalculator(Calculator):
     ) -> None:
         """Fill ``results``; ASE calls this."""
         super().calculate(atoms, properties, system_changes)
-        frame = _frame(self.atoms)
+        frame = unlabelled(self.atoms, source=f"the structure {self.atoms.symbols}")
         if "stress" in properties and not frame.is_periodic:
             raise PropertyNotImplementedError(
                 f"stress needs a structure that is periodic in three directions; "
@@ -165,23 +165,3 @@ def _loaded(
     if dtype is None and not jax.config.read("jax_enable_x64"):
         dtype = "float32"
     return load(source, dtype=dtype)
-
-
-def _check_head(heads: Sequence[str], head: str | None) -> None:
-    if len(heads) == 1 and head in (None, heads[0]):
-        return
-    asked = "no head was named" if head is None else f"head {head!r} was asked for"
-    if len(heads) == 1:
-        raise ValueError(f"{asked}, but the model's only head is {heads[0]!r}; leave head away.")
-    raise ValueError(
-        f"{asked}, but the model has {len(heads)} heads: {', '.join(heads)};\n"
-        "this version of jaxft predicts with models of one head."
-    )
-
-
-def _frame(atoms: ase.Atoms) -> Frame:
-    """The structure alone: labels in ``info`` are nobody's business here."""
-    if not len(atoms):
-        raise ValueError("the structure has no atoms; give at least one.")
-    bare = ase.Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    return from_atoms(bare, source=f"the structure {atoms.symbols}")

@@ -167,7 +167,9 @@ class _Run(NamedTuple):
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds; frozen leaves come from the model again."""
-        return {"state": self.state._replace(frozen=None), "ema": self.ema, "best": self.best}
+        state = self.state
+        moving = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+        return {"state": moving, "ema": self.ema, "best": self.best}
 
     def save(self, checkpoints: Checkpoints) -> None:
         if checkpoints.latest != int(self.state.step):
@@ -176,7 +178,7 @@ class _Run(NamedTuple):
 
 def _resumed(run: _Run, checkpoints: Checkpoints) -> _Run:
     arrays, record = checkpoints.restore(run.arrays())
-    state = arrays["state"]._replace(frozen=run.state.frozen)
+    state = run.state._replace(**arrays["state"])
     sequences = {name: tuple(record[name]) for name in ("losses", "history")}
     progress = _Progress(**record | sequences)
     return _Run(state, arrays["ema"], arrays["best"], progress)
@@ -229,7 +231,7 @@ def _not_finite(run: _Run, train: Dataset, batch: Batch, info: Mapping[str, Arra
 
 
 @jax.jit
-def _averaged(ema: Trainable, new: Trainable, step: Array, decay: float) -> Trainable:
+def _averaged(ema: Trainable, new: Trainable, step: Array, decay: Array) -> Trainable:
     # torch_ema's warm-up, so that a short run is not judged by its first parameters.
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), ema, new)

@@ -108,16 +108,13 @@ def finetune(
         updates, opt_state = chain.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         projected = base.project(recipe, trainable.coords, state.frozen.consts)
-        moved = TrainState(
-            state.step + 1, trainable._replace(coords=projected), state.frozen, opt_state
-        )
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            moved._replace(frozen=None),
-            state._replace(frozen=None),
+        moved = (state.step + 1, trainable._replace(coords=projected), opt_state)
+        before = (state.step, state.trainable, state.opt_state)
+        counter, trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old), moved, before
         )
         info = {**info, "gradient_norm": norm, "is_finite": is_finite}
-        return kept._replace(frozen=state.frozen), info
+        return TrainState(counter, trainable, state.frozen, opt_state), info
 
     return init, jax.jit(step, donate_argnums=0)
 

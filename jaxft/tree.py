@@ -10,13 +10,14 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.typing import Mask, Params
 
+Tree = TypeVar("Tree")
 Pattern = str | Callable[[str, Any], bool]
 Patterns = Pattern | Iterable[Pattern]
 
@@ -115,9 +116,9 @@ def combine(where: Params, rest: Params) -> Params:
     )
 
 
-def copy(params: Params) -> Params:
+def copy(tree: Tree) -> Tree:
     """The same values in buffers of their own, safe to donate."""
-    return jax.tree.map(jnp.copy, params)
+    return jax.tree.map(jnp.copy, tree)
 
 
 def size(params: Params) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
-Array = jax.Array
+Array = Any
+"""A jax array; a numpy one on the host."""
+
 Params = Mapping[str, Any]
 """Nested dict of arrays; see :mod:`jaxft.tree` for paths."""
 

@@ -14,6 +14,7 @@ from jaxft.data.frames import (
     require_any_label,
     require_labels,
     split,
+    unlabelled,
     without_isolated_atoms,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "require_labels",
     "shapes",
     "split",
+    "unlabelled",
     "without_isolated_atoms",
 ]

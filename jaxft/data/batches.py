@@ -154,7 +154,9 @@ def shapes(dataset: Dataset, size: int) -> list[Shape]:
     rows = np.array([len(sample.receivers) for sample in dataset.samples])
     ladder = [
         Shape(
-            *(_round_up(scale * np.sort(n)[::-1][:size].sum() + 1) for n in (nodes, rows)), size + 1
+            _round_up(scale * np.sort(nodes)[-size:].sum() + 1),
+            _round_up(scale * np.sort(rows)[-size:].sum() + 1),
+            size + 1,
         )
         for scale in LADDER
     ]
@@ -217,7 +219,7 @@ def num_batches(dataset: Dataset, size: int) -> int:
     return -(-len(dataset) // size)
 
 
-def pack(dataset: Dataset, chosen: Sequence[int], shape: Shape, dtype: str) -> Batch:
+def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dtype: str) -> Batch:
     """One padded batch (numpy) of the frames at the positions ``chosen``."""
     n_node, n_row, n_graph = shape
     width = dataset.row_width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ase
@@ -120,17 +120,30 @@ def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "fra
     energy = atoms.info.get(keys.energy, results.get(keys.energy))
     forces = atoms.arrays.get(keys.forces, results.get(keys.forces))
     stress = atoms.info.get(keys.stress, results.get(keys.stress))
-    frame = Frame(
-        atomic_numbers=atoms.numbers.copy(),
-        positions=np.asarray(atoms.positions, np.float64),
-        cell=np.asarray(atoms.cell.array, np.float64),
-        pbc=tuple(bool(p) for p in atoms.pbc),
+    return replace(
+        unlabelled(atoms, source=source),
         energy=None if energy is None else float(_numbers(energy, (), keys.energy, source)),
         forces=None if forces is None else _numbers(forces, (len(atoms), 3), keys.forces, source),
         stress=None if stress is None else _stress(stress, keys.stress, source),
         config_type=str(atoms.info.get("config_type", "Default")),
+    )
+
+
+def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
+    """The structure alone; no label is looked at.
+
+    Raises:
+      ValueError: there are no atoms, or positions or cell are not finite.
+    """
+    frame = Frame(
+        atomic_numbers=atoms.numbers.copy(),
+        positions=np.array(atoms.positions, np.float64),
+        cell=np.array(atoms.cell.array, np.float64),
+        pbc=(bool(atoms.pbc[0]), bool(atoms.pbc[1]), bool(atoms.pbc[2])),
         source=source,
     )
+    if not len(frame):
+        raise ValueError(f"{source} has no atoms; give at least one.")
     if not np.isfinite(frame.positions).all() or not np.isfinite(frame.cell).all():
         raise ValueError(f"{source}: positions or cell are not finite; remove or repair the frame.")
     return frame
@@ -149,7 +162,7 @@ def _numbers(value: object, shape: tuple[int, ...], key: str, source: str) -> np
 
 
 def _stress(value: object, key: str, source: str) -> np.ndarray:
-    shape = np.shape(value)
+    shape = np.shape(np.asarray(value))
     if shape == (6,):
         xx, yy, zz, yz, xz, xy = _numbers(value, (6,), key, source)
         return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])

@@ -18,7 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from jaxft.bundle import refuse_existing, require_dtype
-from jaxft.data import Dataset, Frame, Shape, pack, prepare, read
+from jaxft.data import Dataset, Frame, Shape, pack, prepare, read_atoms, unlabelled
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, Params
 
@@ -185,14 +185,20 @@ def predict_file(
       FileExistsError: ``output`` exists; nothing is overwritten.
       ValueError: as :func:`predict_frames`, or the file cannot be read.
     """
-    refuse_existing(Path(output))
-    frames = read(structures)
+    output = Path(output)
+    refuse_existing(output)
+    images = read_atoms(Path(structures))
+    frames = [unlabelled(atoms, source=f"{structures}:{i}") for i, atoms in enumerate(images)]
     results = predict_frames(
         model, params, frames, batch_size=batch_size, dtype=dtype, progress=progress
     )
-    images = ase.io.read(structures, index=":")
     written = [with_results(a, r) for a, r in zip(images, results, strict=True)]
-    ase.io.write(output, written, format="extxyz")
+    scratch = output.with_name(f".{output.name}.part")
+    try:
+        ase.io.write(scratch, written, format="extxyz")
+        scratch.rename(output)
+    finally:
+        scratch.unlink(missing_ok=True)
     return len(written)
 
 

@@ -60,8 +60,8 @@ def compress(u_matrices: Mapping[int, np.ndarray], num_components: int) -> Coupl
         bases.append(basis)
         projections.append(projection)
     selectors = np.zeros((order, len(monomials), lm + 1))
-    for t, factors in enumerate(monomials):
-        selectors[range(order), t, factors] = 1.0
+    for t, monomial in enumerate(monomials):
+        selectors[range(order), t, monomial] = 1.0
     return Coupling(selectors, _block_diagonal(bases), _block_diagonal(projections))
 
 

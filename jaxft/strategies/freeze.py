@@ -43,6 +43,6 @@ def freeze(
     def trains(params: Params) -> Mask:
         if except_ is not None:
             return tree.mask(params, except_)
-        return jax.tree.map(lambda frozen: not frozen, tree.mask(params, where))
+        return jax.tree.map(lambda frozen: not frozen, tree.mask(params, where or ()))
 
     return Strategy(name=name, trains=trains)
