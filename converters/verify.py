@@ -171,7 +171,8 @@ def _theirs(path: Path, frames: list[ase.Atoms], dtype: str) -> list[_Result]:
 
 def _torch_batch(module: Any, frames: list[ase.Atoms]) -> dict[str, Any]:
     from mace import data as mace_data
-    from mace.tools import AtomicNumberTable, torch_geometric
+    from mace.tools import AtomicNumberTable
+    from mace.tools.torch_geometric.batch import Batch
 
     table = AtomicNumberTable([int(z) for z in module.atomic_numbers])
     items = [
@@ -183,8 +184,7 @@ def _torch_batch(module: Any, frames: list[ase.Atoms]) -> dict[str, Any]:
         )
         for atoms in frames
     ]
-    loader = torch_geometric.dataloader.DataLoader(items, batch_size=len(items), shuffle=False)
-    return next(iter(loader)).to_dict()
+    return Batch.from_data_list(items).to_dict()
 
 
 SPACING = 2.8
