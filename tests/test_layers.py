@@ -19,7 +19,7 @@ LAYERS = {
     1: ["graph"],
     2: ["models", "data", "strategies"],
     3: ["potential", "loss", "surgery", "testing"],
-    4: ["train", "evaluate", "bundle", "describe", "checkpoint", "display", "optimizer"],
+    4: ["train", "evaluate", "bundle", "describe", "e0s", "checkpoint", "display", "optimizer"],
     5: ["fit", "calculator"],
     6: ["cli", "config", "run", "presets", "inspection"],
 }
@@ -81,6 +81,8 @@ def violations(path, source=None):
         if other in ("jaxft", "__main__"):  # the package shows what L4 and below offer
             if LAYER_OF[part] < 5 or other == "__main__":
                 wrong.append(f"{part} imports the package {name} itself")
+        elif other not in LAYER_OF:
+            wrong.append(f"{part} imports {name}, which has no layer")
         elif LAYER_OF[other] > LAYER_OF[part]:
             wrong.append(f"{part} (L{LAYER_OF[part]}) imports {name} (L{LAYER_OF[other]})")
         elif {part, other} <= NEIGHBOURS and part != other:

@@ -1,5 +1,6 @@
 """Physics of the potential: symmetries, derivatives, limits, extensivity; exact compression."""
 
+import json
 from pathlib import Path
 
 import ase
@@ -12,6 +13,10 @@ from converters.to_jax import convert
 from jaxft import data, tree
 from jaxft.models.contraction import compress
 from jaxft.models.irreps import multiplicities
+from jaxft.models.radial import polynomial_cutoff
+
+TORCH = Path(__file__).parent / "data" / "tiny_torch.json"
+"""What torch MACE 0.3.16 says of two frames; tests/data/make_tiny.py wrote it."""
 
 SHIPPED = Path(__file__).parents[1] / "benchmarks" / "data" / "gfn2_small.model"
 
@@ -71,6 +76,18 @@ def turned(atoms, matrix):
     other.set_cell(atoms.cell.array @ matrix.T)
     other.positions = atoms.positions @ matrix.T
     return other
+
+
+def test_the_converted_model_says_what_torch_said(evaluate, model):
+    answers = json.loads(TORCH.read_text())
+    keys = ("numbers", "positions", "cell", "pbc")
+    found = evaluate([ase.Atoms(**{key: answer[key] for key in keys}) for answer in answers])
+    for answer, (energy, forces, stress) in zip(answers, found, strict=True):
+        e0 = sum(model.e0s[model.atomic_numbers.index(z)] for z in answer["numbers"])
+        assert abs(energy + e0 - answer["energy"]) < EXACT
+        np.testing.assert_allclose(forces, answer["forces"], atol=EXACT)
+        if answer["stress"] is not None:
+            np.testing.assert_allclose(stress, answer["stress"], atol=EXACT)
 
 
 @pytest.mark.parametrize("matrix", [rotation(0), -np.eye(3), -rotation(1)], ids=["R", "I", "IR"])
@@ -206,6 +223,25 @@ def test_the_elements_of_a_batch_may_come_in_any_order_and_number(predictor, par
         out = predictor(params, other)
         np.testing.assert_allclose(out.node_energy, plain.node_energy, atol=EXACT)
         np.testing.assert_allclose(out.forces, plain.forces, atol=EXACT)
+
+
+@pytest.mark.parametrize("p", [5, 6])
+def test_the_cutoff_goes_from_one_to_exactly_zero(p):
+    """Beyond r_max no derivative is left either: padding edges lie there, and enter the virial."""
+
+    def derivatives(r):
+        f = [lambda x: polynomial_cutoff(x, 4.5, p)]
+        for _ in range(3):
+            f.append(jax.grad(f[-1]))
+        return [float(g(r)) for g in f]
+
+    assert derivatives(1e-9) == pytest.approx([1.0, 0.0, 0.0, 0.0], abs=1e-9)
+    for r in (4.5, 4.5001, 9.0, 100.0):
+        assert derivatives(r) == [0.0] * 4
+    inside = [derivatives(r)[0] for r in np.linspace(0.5, 4.49, 9)]
+    assert (np.diff(inside) < 0).all()
+    near = derivatives(4.5 * (1 - 1e-6))
+    assert np.abs(near[:3]).max() < 1e-3
 
 
 def test_elements_are_told_apart(evaluate):
