@@ -26,6 +26,9 @@ READOUTS = {
     "mace.modules.blocks.LinearReadoutBlock": "linear",
     "mace.modules.blocks.NonLinearReadoutBlock": "nonlinear",
 }
+LINEAR = "e3nn.o3._linear.Linear"
+PRODUCT = "e3nn.o3._tensor_product._tensor_product.TensorProduct"
+FULL_PRODUCT = "e3nn.o3._tensor_product._sub.FullyConnectedTensorProduct"
 SILU = ("torch.nn.functional.silu", "torch.nn.modules.activation.SiLU")
 ATTRIBUTES = ("use_reduced_cg", "apply_cutoff", "use_so3", "use_agnostic_product")
 
@@ -101,13 +104,15 @@ def config_of(file: ModelFile) -> MACEConfig:
         readouts=tuple(_readout(readout) for readout in readouts),
         silu_constant=_agreed(silu, "constants of silu in the radial networks"),
         readout_silu_constant=_agreed(
-            {_silu(r.module("non_linearity.acts.0")) for r in readouts if r.has("non_linearity")},
+            {_silu(r.module("non_linearity.acts.0")) for r in readouts if r.has("non_linearity")}
+            or silu,  # a single layer has a linear readout only
             "constants of silu in the readouts",
         ),
         mace_attributes={name: root.get(name) for name in ATTRIBUTES if name in root.state},
     )
     for block, interaction in zip(blocks, config.interactions, strict=True):
         _check_paths(block, interaction, config.edge_irreps)
+    _check_normalisation(root, "model")
     return config
 
 
@@ -182,6 +187,35 @@ def _check_paths(block: Node, config: InteractionConfig, edge_irreps: str) -> No
             f"the tensor product of {block.qualname} has the paths {given}; expected {expected}.\n"
             "Please report how this model was made."
         )
+
+
+def _check_normalisation(node: Node, path: str) -> None:
+    """Every path weight must be the one that the forward pass applies: 1/sqrt(fan-in) per output,
+    times sqrt(2l + 1) in tensor products."""
+    if node.qualname in (LINEAR, PRODUCT, FULL_PRODUCT):
+        outs = irreps(node.get("irreps_out"))
+        key = "irreps_in" if node.qualname == LINEAR else "irreps_in1"
+        muls = [mul for mul, _, _ in irreps(node.get(key))]
+        second = irreps(node.get("irreps_in2")) if node.qualname == FULL_PRODUCT else ()
+        fan_in = dict.fromkeys(range(len(outs)), 0)
+        entries = []
+        for item in node.get("instructions"):
+            i_in = item.get("i_in" if node.qualname == LINEAR else "i_in1")
+            if i_in >= 0:  # -1 marks a bias
+                size = muls[i_in] if node.qualname != PRODUCT else 1
+                size *= second[item.get("i_in2")][0] if second else 1
+                fan_in[item.get("i_out")] += size
+                entries.append((item.get("i_out"), item.get("path_weight")))
+        for out, weight in entries:
+            dimension = 1 if node.qualname == LINEAR else 2 * outs[out][1] + 1
+            expected = math.sqrt(dimension / fan_in[out])
+            if not math.isclose(weight, expected, rel_tol=1e-9):
+                raise ModelFileError(
+                    f"{path} has a path weight of {weight}; expected {expected} (e3nn's component "
+                    "and element normalisation).\nPlease report how this model was made."
+                )
+    for name, child in node.children.items():
+        _check_normalisation(child, f"{path}.{name}")
 
 
 def _activations(block: Node) -> list[Node]:

@@ -121,10 +121,12 @@ class Config(_Strict):
     test: dict[str, TestSet] = Field(default_factory=dict)
     keys: KeysConfig = KeysConfig()
     e0s: Annotated[
-        Literal["foundation", "isolated_atoms"] | dict[str, float], AfterValidator(_known_symbols)
+        Literal["foundation", "isolated_atoms", "estimated"] | dict[str, float],
+        AfterValidator(_known_symbols),
     ]
     """Isolated-atom energies of the training data's level of theory: the model's own
-    (``foundation``), those of IsolatedAtom frames in ``train``, or {symbol: eV}."""
+    (``foundation``), those of IsolatedAtom frames in ``train``, the model's corrected by its errors
+    on ``train`` (``estimated``), or {symbol: eV}."""
     recipe: list[StrategyConfig] = Field(default_factory=list)
     """Strategies; empty is full fine-tuning."""
     loss: LossConfig = LossConfig()

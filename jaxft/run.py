@@ -19,11 +19,13 @@ from jaxft.config import Config
 from jaxft.data import Frame, Keys
 from jaxft.describe import describe
 from jaxft.display import Display
+from jaxft.e0s import estimate, explain
 from jaxft.evaluate.errors import ErrorTable, errors
 from jaxft.evaluate.plots import parity_plot
 from jaxft.evaluate.predictions import FrameResult, predict_frames
 from jaxft.fit import FitResult, FitSettings, fit
 from jaxft.potential import Potential
+from jaxft.typing import Params
 from jaxft.version import __version__
 
 INITIAL_ERROR_WARNING = 0.5
@@ -81,7 +83,7 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
         name: data.without_isolated_atoms(data.read(_paths(entry.files), keys=keys))
         for name, entry in config.test.items()
     }
-    model = _with_e0s(base, config, train, console)
+    model = _with_e0s(base, params, config, train, console)
     train, valid = (data.without_isolated_atoms(frames) for frames in (train, valid))
     wanted = [name for name, weight in config.loss.model_dump().items() if weight > 0]
     data.require_labels(train, wanted, keys=keys)
@@ -215,7 +217,7 @@ def _paths(files: list[Path] | Path) -> list[Path]:
 
 
 def _with_e0s(
-    base: Potential, config: Config, train: Sequence[Frame], console: Console
+    base: Potential, params: Params, config: Config, train: Sequence[Frame], console: Console
 ) -> Potential:
     """The model with the E0s that the config asks for, and a table of what changed."""
     if config.e0s == "foundation":
@@ -223,6 +225,10 @@ def _with_e0s(
     if config.e0s == "isolated_atoms":
         e0s = data.isolated_atom_energies(train)
         source = f"config_type={data.ISOLATED_ATOM} frames of the training files"
+    elif config.e0s == "estimated":
+        found = estimate(base, params, data.without_isolated_atoms(train))
+        console.print(explain(found), highlight=False)
+        e0s, source = found.e0s, "the estimate"
     else:
         e0s = {atomic_numbers[symbol]: value for symbol, value in config.e0s.items()}
         source = "the config"
