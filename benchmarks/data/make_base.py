@@ -148,7 +148,7 @@ def crystal_frames(name, rng, few):
 def mixed_frames(pair_index, rng, few):
     """A solid solution of two crystals at the mixed lattice constant."""
     first, second = MIXED[pair_index]
-    structure, a = CRYSTALS[second]
+    a = CRYSTALS[second][1]
     start, end = (bulk(n, CRYSTALS[n][0], a=a, cubic=True) for n in (first, second))
     changed = np.flatnonzero(start.numbers != end.numbers)
     changed = rng.permutation(changed)[: rng.integers(1, len(changed) + 1)]
@@ -266,7 +266,8 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     if args.check:
-        return check()
+        check()
+        return
     save(HERE / "base_atoms.xyz", atom_frames())
     for split in ("test", "train"):
         with Pool(args.processes) as pool:

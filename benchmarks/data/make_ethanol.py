@@ -97,7 +97,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
-        return check()
+        check()
+        return
     if len(load(HERE / "ethanol_atoms.xyz")) < 3:
         (HERE / "ethanol_atoms.xyz").unlink(missing_ok=True)
         for frame in atom_frames():

@@ -25,15 +25,15 @@ MAX_FORCE = 10.0  # eV/Å
 
 def calculator(**kwargs):
     """PBE, plane waves, Pulay correction of the stress."""
-    settings = dict(
-        mode=PW(CUTOFF, dedecut=PULAY),
-        xc="PBE",
-        kpts={"size": (2, 2, 2), "gamma": False},
-        occupations=FermiDirac(0.05),
-        convergence={"energy": 1e-6, "density": 1e-5, "eigenstates": 1e-8},
-        symmetry={"point_group": False},
-        txt=None,
-    )
+    settings = {
+        "mode": PW(CUTOFF, dedecut=PULAY),
+        "xc": "PBE",
+        "kpts": {"size": (2, 2, 2), "gamma": False},
+        "occupations": FermiDirac(0.05),
+        "convergence": {"energy": 1e-6, "density": 1e-5, "eigenstates": 1e-8},
+        "symmetry": {"point_group": False},
+        "txt": None,
+    }
     return GPAW(**(settings | kwargs))
 
 
@@ -89,7 +89,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
-        return check()
+        check()
+        return
     if len(load(HERE / "nacl_atoms.xyz")) < 2:
         (HERE / "nacl_atoms.xyz").unlink(missing_ok=True)
         for frame in atom_frames():

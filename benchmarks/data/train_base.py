@@ -116,8 +116,10 @@ def evaluate(path=MODEL):
             continue
         cells = [name, str(len(frames))]
         for x in errors(calculator, frames):
-            rmse, mae = 1e3 * np.sqrt(np.mean(x**2)), 1e3 * np.mean(np.abs(x))
-            cells += [f"{rmse:.1f}", f"{mae:.1f}"] if len(x) else ["-", "-"]
+            if len(x):
+                cells += [f"{1e3 * np.sqrt(np.mean(x**2)):.1f}", f"{1e3 * np.mean(np.abs(x)):.1f}"]
+            else:
+                cells += ["-", "-"]
         spread = np.concatenate([f.arrays["REF_forces"].ravel() for f in frames]).std()
         print("| " + " | ".join([*cells, f"{1e3 * spread:.0f}"]) + " |")
     print("meV/atom, meV/Å, meV/Å^3; E of the DFT sets holds the gap between the levels")
