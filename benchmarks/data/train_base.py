@@ -6,7 +6,6 @@ python train_base.py --evaluate     prints the errors on all test files
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from frames import HERE, load
 
 NAME = "gfn2_small"
+STATISTICS = ("atomic_energies_fn.", "scale_shift.")  # buffers that depend on the data
 MODEL = HERE / f"{NAME}.model"
 
 ARCHITECTURE = {
@@ -86,7 +86,31 @@ def train(work, epochs):
     flags += ["--ema", "--amsgrad", "--save_cpu", "--restart_latest"]
     runner = "from mace.cli.run_train import main; main()"
     subprocess.run([sys.executable, "-c", runner, *flags], cwd=work, check=True)
-    shutil.copy(work / f"{NAME}.model", MODEL)
+    save_in_float64(work / f"{NAME}.model")
+
+
+def save_in_float64(path):
+    """Save the model in float64, as MACE-MP-0 is: trained numbers widened, constants exact.
+
+    mace-torch rebuilds the module, so that Clebsch-Gordan coefficients, U matrices and Bessel
+    frequencies are float64 numbers instead of widened float32 ones.
+    """
+    import torch
+    from mace.modules import ScaleShiftMACE
+    from mace.tools.scripts_utils import extract_config_mace_model
+
+    trained = torch.load(path, weights_only=False, map_location="cpu")
+    torch.set_default_dtype(torch.float64)
+    model = ScaleShiftMACE(**extract_config_mace_model(trained))
+    kept = dict(trained.named_parameters())
+    kept |= {name: x for name, x in trained.named_buffers() if name.startswith(STATISTICS)}
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in kept:
+                tensor.copy_(kept.pop(name))
+    if kept:
+        raise SystemExit(f"the float64 module lacks {', '.join(kept)}")
+    torch.save(model, MODEL)
 
 
 def errors(calculator, frames):
@@ -129,10 +153,13 @@ def main():
     """Train or evaluate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--widen", type=Path, help="only save this float32 model in float64")
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints and logs")
     args = parser.parse_args()
-    if not args.evaluate:
+    if args.widen:
+        save_in_float64(args.widen)
+    elif not args.evaluate:
         train(args.work.resolve(), args.epochs)
     evaluate()
 
