@@ -464,7 +464,7 @@ def test_a_model_of_several_heads_is_refused_by_name(tiny):
     model, params = tiny
     several = replace(model, config=model.config.model_copy(update={"heads": ("pbe", "rpbe")}))
     for head in (None, "pbe"):
-        with pytest.raises(ValueError, match="pbe, rpbe"):
+        with pytest.raises(ValueError, match="'pbe', 'rpbe'"):
             JaxftCalculator(several, params, head=head)
 
 
