@@ -115,8 +115,8 @@ def fit(
             **asdict(settings),
             "recipe": [strategy.name for strategy in recipe],
             "parameters": fingerprint(params),
-            "train": len(train),
-            "valid": len(valid),
+            "train": _fingerprint_of_frames(train),
+            "valid": _fingerprint_of_frames(valid),
             **(identity or {}),
         },
     )
@@ -308,6 +308,15 @@ def _validator(
         return row | {"valid/loss": weighted}
 
     return validate
+
+
+def _fingerprint_of_frames(dataset: Dataset) -> str:
+    """Number and hash of the frames: edges, elements and labels."""
+    digest = hashlib.sha256(dataset.elements.tobytes())
+    for sample in dataset.samples:
+        for value in sample:
+            digest.update(b"-" if value is None else np.ascontiguousarray(value).tobytes())
+    return f"{len(dataset)} frames {digest.hexdigest()[:16]}"
 
 
 def fingerprint(params: Params) -> str:

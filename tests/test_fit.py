@@ -156,6 +156,13 @@ def test_a_checkpoint_of_another_run_is_not_resumed(run) -> None:
         run(epochs=1, batch_size=4)
 
 
+def test_a_checkpoint_of_other_data_is_not_resumed(run, tiny, frames: list[Frame]) -> None:
+    run(epochs=1)
+    changed = replace(frames[0], energy=frames[0].energy + 1e-9)
+    with pytest.raises(ValueError, match=r"another run(?s:.*)train: 8 frames"):
+        run(epochs=1, train=data.prepare([changed, *frames[1:]], tiny[0]))
+
+
 def test_a_finished_run_returns_what_it_returned(run) -> None:
     first, second = run(epochs=2), run(epochs=2)
     assert first.best_epoch == second.best_epoch

@@ -46,7 +46,7 @@ def test_the_code_on_the_first_screen_runs(folder: Path, capsys: pytest.CaptureF
     bundle.save(folder / "base.jaxft", *convert(folder / "mace.model"))
     code = blocks("python")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 14  # imports are two
-    exec(compile(code.replace("rank=8", "rank=2"), "README.md", "exec"), {})  # noqa: S102
+    exec(compile(code.replace("rank=8", "rank=2"), "README.md", "exec"), {})
     assert "trainable params" in capsys.readouterr().out
     assert (folder / "tuned.jaxft" / "model.json").is_file()
 

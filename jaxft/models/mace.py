@@ -217,7 +217,5 @@ def _harmonics(irreps: str, directions: Array) -> Features:
     values = e3nn.spherical_harmonics(
         e3nn.Irreps(irreps), directions, normalize=False, normalization="component"
     )
-    return {
-        str(ir): block.array if hasattr(block, "array") else block[..., 0, :]
-        for (_, ir), block in zip(values.irreps, values.chunks, strict=True)
-    }
+    blocks = zip(values.irreps, values.chunks, strict=True)
+    return {str(ir): block[..., 0, :] for (_, ir), block in blocks}
