@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ase.data import atomic_numbers, chemical_symbols
@@ -16,15 +18,16 @@ from rich.table import Table
 from jaxft import bundle, data, loss, optimizer, surgery
 from jaxft import config as configs
 from jaxft.config import Config
-from jaxft.data import Frame, Keys
+from jaxft.data import Dataset, Frame, Keys
 from jaxft.describe import describe
 from jaxft.display import Display
 from jaxft.e0s import estimate, explain
-from jaxft.evaluate.errors import ErrorTable, errors
+from jaxft.evaluate.errors import errors
 from jaxft.evaluate.plots import parity_plot
 from jaxft.evaluate.predictions import FrameResult, predict_frames
 from jaxft.fit import FitResult, FitSettings, fit
 from jaxft.potential import Potential
+from jaxft.strategies import Recipe
 from jaxft.typing import Params
 from jaxft.version import __version__
 
@@ -42,8 +45,6 @@ class Judged:
     frames: Sequence[Frame]
     before: Sequence[FrameResult]
     after: Sequence[FrameResult]
-    errors_before: ErrorTable
-    errors_after: ErrorTable
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,27 @@ class RunResult:
     fit: FitResult
     judged: list[Judged]
     path: Path
+    """Of the bundle."""
+
+
+class _Inputs(NamedTuple):
+    """Everything that a config names, read and checked."""
+
+    base: Potential
+    model: Potential
+    """With the E0s of the training data."""
+    params: Params
+    recipe: Recipe
+    train: Dataset
+    valid: Dataset
+    tests: dict[str, list[Frame]]
 
 
 def finetune(config: Config, *, console: Console | None = None, resume: bool = False) -> RunResult:
     """Run a config.
 
-    Everything that can be refused is refused before the first compilation, and before the output
-    folder is made.
+    Everything that can be refused is refused before the training step is compiled, and before the
+    output folder is made.
 
     Args:
       config: checked settings.
@@ -73,7 +88,30 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
     """
     console = console or Console(quiet=True)
     output = Path(config.output)
-    _check_output(output, config, resume)
+    _check_output(output, resume)
+    inputs = _read(config, console)
+    before = _predict_tests(config, inputs, inputs.params)
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / CONFIG).exists():
+        (output / CONFIG).write_text(configs.to_yaml(config))
+    fitted = _fit(config, inputs, Display(console, initial_error=INITIAL_ERROR_WARNING))
+    path = output / MODEL
+    if path.exists():
+        console.print(f"{path} exists and is kept; the run was complete.")
+    else:
+        bundle.save(path, inputs.model, fitted.params, provenance=_provenance(config, fitted))
+        console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
+    after = _predict_tests(config, inputs, fitted.params)
+    judged = [
+        Judged(name, frames, before[name], after[name]) for name, frames in inputs.tests.items()
+    ]
+    if judged:
+        console.print(comparison(judged))
+        _plot(judged, output, console)
+    return RunResult(inputs.model, fitted, judged, path)
+
+
+def _read(config: Config, console: Console) -> _Inputs:
     base, params = bundle.load(config.model, dtype=config.dtype)
     recipe = configs.strategies(config)
     console.print(describe(recipe, params).splitlines()[-1], highlight=False)
@@ -83,99 +121,73 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
         name: data.without_isolated_atoms(data.read(_paths(entry.files), keys=keys))
         for name, entry in config.test.items()
     }
-    model = _with_e0s(base, params, config, train, console)
-    train, valid = (data.without_isolated_atoms(frames) for frames in (train, valid))
     wanted = [name for name, weight in config.loss.model_dump().items() if weight > 0]
-    data.require_labels(train, wanted, keys=keys)
-    data.require_labels(valid, wanted, keys=keys)
-    prepared = data.prepare(train, model), data.prepare(valid, model)
-    console.print(_coverage({"train": train, "valid": valid, **tests}))
-    references = {
-        name: base if entry.e0s == "base" else model for name, entry in config.test.items()
-    }
-    before = {
-        name: predict_frames(references[name], params, frames) for name, frames in tests.items()
-    }
+    fitted = [data.without_isolated_atoms(frames) for frames in (train, valid)]
+    for frames in fitted:
+        data.require_labels(frames, wanted, keys=keys)
+    for frames in tests.values():
+        data.require_any_label(frames, keys=keys)
+    console.print(_coverage({"train": fitted[0], "valid": fitted[1], **tests}))
+    model = _with_e0s(base, params, config, train, console)
+    training, validation = (data.prepare(frames, model) for frames in fitted)
+    return _Inputs(base, model, params, recipe, training, validation, tests)
 
-    steps = config.epochs * data.num_batches(prepared[0], config.batch_size)
-    tx = optimizer.optimizer(
-        config.optimizer.name,
-        optimizer.schedule(
-            config.optimizer.schedule,
-            config.optimizer.learning_rate,
-            steps=steps,
-            warmup=config.optimizer.warmup,
-        ),
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-    )
+
+def _fit(config: Config, inputs: _Inputs, display: Display) -> FitResult:
     weights = config.loss.model_dump()
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / CONFIG).exists():
-        (output / CONFIG).write_text(configs.to_yaml(config))
-    fitted = fit(
-        model,
-        params,
-        train=prepared[0],
-        valid=prepared[1],
-        loss_fn=loss.weighted(model, **weights),
-        recipe=recipe,
-        tx=tx,
-        settings=FitSettings(
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            dtype=config.dtype,
-            ema_decay=config.ema_decay,
-            patience=config.patience,
-            metric=config.metric,
-            checkpoint_every=config.checkpoint_every,
-            loss_weights=weights,
-        ),
-        directory=output,
-        identity={"config": hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16]},
-        display=Display(console, initial_error=INITIAL_ERROR_WARNING),
+    chosen = config.optimizer
+    steps = config.epochs * data.num_batches(inputs.train, config.batch_size)
+    rate = optimizer.schedule(
+        chosen.schedule, chosen.learning_rate, steps=steps, warmup=chosen.warmup
     )
-    return _finish(config, base, model, fitted, tests, before, console)
+    tx = optimizer.optimizer(
+        chosen.name, rate, weight_decay=chosen.weight_decay, clip_norm=chosen.clip_norm
+    )
+    settings = FitSettings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        dtype=config.dtype,
+        ema_decay=config.ema_decay,
+        patience=config.patience,
+        metric=config.metric,
+        checkpoint_every=config.checkpoint_every,
+        loss_weights=weights,
+    )
+    return fit(
+        inputs.model,
+        inputs.params,
+        train=inputs.train,
+        valid=inputs.valid,
+        loss_fn=loss.weighted(inputs.model, **weights),
+        recipe=inputs.recipe,
+        tx=tx,
+        settings=settings,
+        directory=Path(config.output),
+        identity={"config": hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16]},
+        display=display,
+    )
 
 
-def _finish(
-    config: Config,
-    base: Potential,
-    model: Potential,
-    fitted: FitResult,
-    tests: dict[str, list[Frame]],
-    before: dict[str, list[FrameResult]],
-    console: Console,
-) -> RunResult:
-    output = Path(config.output)
-    judged = []
-    for name, frames in tests.items():
-        reference = base if config.test[name].e0s == "base" else model
-        after = predict_frames(reference, fitted.params, frames)
-        judged.append(
-            Judged(
-                name,
-                frames,
-                before[name],
-                after,
-                errors(frames, before[name]),
-                errors(frames, after),
-            )
+def _predict_tests(config: Config, inputs: _Inputs, params: Params) -> dict[str, list[FrameResult]]:
+    """Results on each test set, with the E0s of its level of theory."""
+    return {
+        name: predict_frames(
+            inputs.base if config.test[name].e0s == "base" else inputs.model, params, frames
         )
-    path = output / MODEL
-    if path.exists():
-        console.print(f"{path} exists and is kept; the run was complete.")
-    else:
-        bundle.save(path, model, fitted.params, provenance=_provenance(config, fitted))
-    if judged:
-        console.print(comparison(judged))
-        for item in judged:
-            picture = output / f"parity-{re.sub(r'[^A-Za-z0-9]+', '-', item.name).strip('-')}.png"
-            parity_plot(item.frames, {"before": item.before, "after": item.after}, picture)
-            console.print(f"wrote {picture}")
-    console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
-    return RunResult(model, fitted, judged, path)
+        for name, frames in inputs.tests.items()
+    }
+
+
+def _plot(judged: Sequence[Judged], output: Path, console: Console) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no parity plots: matplotlib is absent; pip install 'jaxft[plots]'")
+        return
+    for item in judged:
+        name = re.sub(r"[^A-Za-z0-9]+", "-", item.name).strip("-")
+        picture = output / f"parity-{name}.png"
+        parity_plot(item.frames, {"before": item.before, "after": item.after}, picture)
+        console.print(f"wrote {picture}")
 
 
 def comparison(judged: Sequence[Judged]) -> Table:
@@ -186,7 +198,9 @@ def comparison(judged: Sequence[Judged]) -> Table:
     for heading in ("E meV/atom", "F meV/Å", "σ meV/Å³"):
         table.add_column(heading, justify="right")
     for item in judged:
-        row_before, row_after = (e.total.rmse() for e in (item.errors_before, item.errors_after))
+        row_before, row_after = (
+            errors(item.frames, results).total.rmse() for results in (item.before, item.after)
+        )
         cells = [
             "–" if row_before[k] is None else f"{row_before[k]:.1f} → {row_after[k]:.1f}"
             for k in ("energy", "forces", "stress")
@@ -195,7 +209,7 @@ def comparison(judged: Sequence[Judged]) -> Table:
     return table
 
 
-def _check_output(output: Path, config: Config, resume: bool) -> None:
+def _check_output(output: Path, resume: bool) -> None:
     if not resume:
         bundle.refuse_existing(output)
     elif output.exists() and not (output / CONFIG).is_file():
