@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.reader import ModelFile, ModelFileError, irreps, read
+from converters.reader import MALFORMED, ModelFile, ModelFileError, irreps, read
 from converters.rules import buffer_path, check_coverage, parameter_rules
 from converters.unpickle import Node, Reference
 from jaxft import tree
@@ -52,6 +52,18 @@ def convert_with_provenance(path: str | Path) -> tuple[Potential, Params, dict[s
 
 def from_file(file: ModelFile) -> tuple[Potential, Params]:
     """As :func:`convert`, for a file already read."""
+    try:
+        return _from_file(file)
+    except ModelFileError:
+        raise
+    except MALFORMED as error:
+        raise ModelFileError(
+            f"{file.path} is damaged: its modules and tensors do not make a model ({error!r:.200})."
+            "\nGet the file again from where it came."
+        ) from error
+
+
+def _from_file(file: ModelFile) -> tuple[Potential, Params]:
     config = config_of(file)
     rules = parameter_rules(config)
     trained = {name for name in file.tensors if _is_trained(file, name)}

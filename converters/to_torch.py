@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from converters.reader import read
 from converters.rules import buffer_path, parameter_rules
@@ -36,6 +35,9 @@ UNSEEN = "._compiled_main"
 
 OPTIONAL = "_zeroed"
 """Flags at the end of whose names nothing in mace-torch looks; older writers lack them."""
+
+BESSEL = "radial_embedding/bessel_fn/bessel_weights"
+"""A constant that has the dtype of the file."""
 
 
 def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> Path:
@@ -61,7 +63,10 @@ def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> P
     bundle.refuse_existing(path)
     model, params = source if isinstance(source, tuple) else _stored(Path(source))
     leaves = _checked_leaves(model.config, params)
-    dtype = np.result_type(*leaves.values()).name
+    # Widening is exact, rounding the constants is not: a float64 model that was fine-tuned in
+    # float32 is exported in float64.
+    dtype = np.result_type(*leaves.values(), model.buffers[BESSEL]).name
+    leaves = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
     buffers = _cast(model.buffers, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -80,12 +85,8 @@ def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> P
 
 def _stored(path: Path) -> tuple[Potential, Params]:
     """A bundle with its parameters as they are stored, even where JAX has float64 switched off."""
-    model, _ = bundle.load(path, dtype="float32")
-    arrays = load_file(path / bundle.ARRAYS)
-    flat = {
-        name.removeprefix("params/"): a for name, a in arrays.items() if name.startswith("params/")
-    }
-    return model, tree.unflatten(flat)
+    model, params, _ = bundle.load_numpy(path)
+    return model, params
 
 
 @contextlib.contextmanager
@@ -152,8 +153,8 @@ def _checked_leaves(config: MACEConfig, params: Params) -> dict[str, np.ndarray]
 
 
 def _cast(buffers: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """The constants in the dtype of the parameters, should these be cast; E0s are not rounded."""
-    stored = buffers["radial_embedding/bessel_fn/bessel_weights"].dtype
+    """The constants in one dtype; E0s are not rounded."""
+    stored = buffers[BESSEL].dtype
     found = {
         path: array.astype(dtype) if array.dtype == stored else array
         for path, array in buffers.items()

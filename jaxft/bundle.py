@@ -165,7 +165,10 @@ def read_model(path: str | Path) -> tuple[MACEConfig, dict[str, Any]]:
                 f"{file} says format {document.get('format')!r}, version "
                 f"{document.get('version')!r}; this jaxft reads {FORMAT!r}, version {VERSION}."
             )
-        return MACEConfig.model_validate(document["model"]), dict(document["provenance"])
+        config, provenance = MACEConfig.model_validate(document["model"]), document["provenance"]
+        if not isinstance(provenance, dict):
+            raise BundleError(f"{file}: provenance is no mapping; the bundle was edited.")
+        return config, provenance
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{file} is not JSON ({error}); the bundle is damaged.") from error
     except (KeyError, AttributeError, TypeError, ValidationError) as error:
@@ -193,9 +196,20 @@ def check(model: Potential, flat: Mapping[str, np.ndarray], *, source: str) -> N
     """Raises BundleError unless ``{path: leaf}`` are finite and exactly the model's parameters."""
     if E0_BUFFER not in model.buffers:
         raise BundleError(f"{source} lacks the constant {E0_BUFFER}; it is damaged.")
+    _check_numbers({**model.buffers, **flat}, source)
+    dtypes = sorted({array.dtype.name for array in flat.values()})
+    if len(dtypes) != 1 or dtypes[0] not in DTYPES:
+        raise BundleError(
+            f"{source} holds parameters of dtype {', '.join(dtypes) or 'none'}; expected one of "
+            f"{', '.join(DTYPES)} for all."
+        )
+    for name, value in (("atomic_numbers", model.atomic_numbers), ("r_max", model.r_max)):
+        stored = model.buffers.get(name)
+        if stored is None or not np.array_equal(stored, np.asarray(value, stored.dtype)):
+            raise BundleError(f"{source}: {MODEL} and the stored constants disagree on {name}.")
     try:
         expected = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise BundleError(f"{source}: architecture and constants disagree ({error}).") from error
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(expected).items()}
     given = {name: tuple(array.shape) for name, array in flat.items()}
@@ -206,6 +220,9 @@ def check(model: Potential, flat: Mapping[str, np.ndarray], *, source: str) -> N
         raise BundleError(
             f"{source} does not hold this architecture's parameters (- expected, + found):\n{diff}"
         )
-    wrong = [name for name, array in flat.items() if not np.isfinite(array).all()]
+
+
+def _check_numbers(arrays: Mapping[str, np.ndarray], source: str) -> None:
+    wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:
         raise BundleError(f"{source} holds non-finite numbers in {', '.join(wrong)}.")

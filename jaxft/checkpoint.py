@@ -52,16 +52,22 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint belongs to a run with another identity.
         """
-        step = self._manager.latest_step()
-        record = self._manager.restore(
-            step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-        )["progress"]
+        record = self._restore(progress=ocp.args.JsonRestore())["progress"]
         self._check_identity(record["identity"])
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arrays = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
-        )["arrays"]
+        arrays = self._restore(arrays=ocp.args.StandardRestore(target))["arrays"]
         return arrays, record["progress"]
+
+    def _restore(self, **what: Any) -> Any:
+        step = self._manager.latest_step()
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**what))
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint {self._manager.directory / str(step)} is damaged "
+                f"({error!s:.300});\nremove it to resume from an older one, if there is one, or "
+                "start a new output."
+            ) from error
 
     def close(self) -> None:
         self._manager.close()

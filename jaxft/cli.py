@@ -24,7 +24,7 @@ app = typer.Typer(
 evaluate_app = typer.Typer(help="Judge a bundle.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 
-console = Console()
+console = Console(markup=False)  # names and paths may hold brackets
 EXIT_INPUT, EXIT_DIVERGED = 1, 3
 
 
@@ -180,9 +180,11 @@ def evaluate_errors(
     """MAE and RMSE of energy, forces and stress against the labels of DATA."""
     from jaxft import data
     from jaxft.evaluate.errors import errors
-    from jaxft.evaluate.plots import parity_plot
+    from jaxft.evaluate.plots import check_picture, parity_plot
     from jaxft.evaluate.predictions import predict_frames
 
+    if plot is not None:
+        check_picture(plot)
     model, params = _load(bundle, dtype, head)
     keys = data.Keys(energy_key, forces_key, stress_key)
     frames = data.without_isolated_atoms(data.read(files, keys=keys))

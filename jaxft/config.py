@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from ase.data import atomic_numbers
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from jaxft.strategies import STRATEGIES, Strategy
 
@@ -22,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _one_or_many(value: Any) -> Any:
@@ -96,7 +105,14 @@ class OptimizerConfig(_Strict):
     warmup: int = Field(0, ge=0)
     """Updates of linear rise."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, towards zero; adamw only."""
     clip_norm: float | None = Field(10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _decays(self) -> OptimizerConfig:
+        if self.weight_decay and self.name != "adamw":
+            raise ValueError(f"weight_decay was given for {self.name!r}, which has none; use adamw")
+        return self
 
 
 def _known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
@@ -138,7 +154,28 @@ class Config(_Strict):
     metric: Literal["loss", "energy", "forces", "stress"] = "loss"
     checkpoint_every: int | None = Field(None, ge=1)
     dtype: Literal["float32", "float64"] = "float32"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 32)
+
+    @field_validator("output")
+    @classmethod
+    def _is_no_pattern(cls, path: Path) -> Path:
+        # Orbax expands wildcards in the path of a checkpoint, and then cannot restore it.
+        if any(character in str(path.absolute()) for character in "*?[]"):
+            raise ValueError("the folder's full path must not contain any of * ? [ ]")
+        return path
+
+    @field_validator("test")
+    @classmethod
+    def _have_names(cls, sets: dict[str, TestSet]) -> dict[str, TestSet]:
+        slugs = [slug(name) for name in sets]
+        if "" in slugs or len(set(slugs)) != len(slugs):
+            raise ValueError("names of test sets must differ in their ASCII letters and digits")
+        return sets
+
+
+def slug(name: str) -> str:
+    """The part of a name that goes into a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -191,8 +228,16 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-class _NoAliases(yaml.SafeLoader):
-    """YAML without anchors: a few bytes of nested aliases would expand without bound."""
+class _Strictly(yaml.SafeLoader):
+    """YAML without repeated keys, of which the last would win, and without anchors: a few bytes of
+    nested aliases would expand without bound."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [getattr(key, "value", None) for key, _ in node.value]
+        twice = {str(key) for key in keys if isinstance(key, str) and keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"the key {', '.join(sorted(twice))} occurs twice")
+        return super().construct_mapping(node, deep=deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -202,7 +247,7 @@ class _NoAliases(yaml.SafeLoader):
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_NoAliases)
+        return yaml.load(text, Loader=_Strictly)
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source} is not YAML: {error}") from error
 

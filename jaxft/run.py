@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from jaxft.evaluate.predictions import FrameResult, predict_frames
 from jaxft.fit import FitResult, FitSettings, fit
 from jaxft.potential import Potential
 from jaxft.strategies import Recipe
+from jaxft.tree import name_diff
 from jaxft.typing import Params
 from jaxft.version import __version__
 
@@ -88,12 +88,11 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
     """
     console = console or Console(quiet=True)
     output = Path(config.output)
-    _check_output(output, resume)
+    _check_output(output, config, resume)
     inputs = _read(config, console)
     before = _predict_tests(config, inputs, inputs.params)
     output.mkdir(parents=True, exist_ok=True)
-    if not (output / CONFIG).exists():
-        (output / CONFIG).write_text(configs.to_yaml(config))
+    (output / CONFIG).write_text(configs.to_yaml(config))
     fitted = _fit(config, inputs, Display(console, initial_error=INITIAL_ERROR_WARNING))
     path = output / MODEL
     if path.exists():
@@ -121,14 +120,17 @@ def _read(config: Config, console: Console) -> _Inputs:
         name: data.without_isolated_atoms(data.read(_paths(entry.files), keys=keys))
         for name, entry in config.test.items()
     }
-    wanted = [name for name, weight in config.loss.model_dump().items() if weight > 0]
+    wanted: list[str] = [n for n, weight in config.loss.model_dump().items() if weight > 0]
+    judged_by: list[str] = [] if config.metric == "loss" else [config.metric]
     fitted = [data.without_isolated_atoms(frames) for frames in (train, valid)]
-    for frames in fitted:
-        data.require_labels(frames, wanted, keys=keys)
+    data.require_labels(fitted[0], wanted, keys=keys)
+    data.require_labels(fitted[1], wanted + judged_by, keys=keys)
+    for frames in (*fitted, *tests.values()):
+        data.check_elements(frames, base.atomic_numbers)
     for frames in tests.values():
         data.require_any_label(frames, keys=keys)
     console.print(_coverage({"train": fitted[0], "valid": fitted[1], **tests}))
-    model = _with_e0s(base, params, config, train, console)
+    model = _with_e0s(base, params, config, train, valid, console)
     training, validation = (data.prepare(frames, model) for frames in fitted)
     return _Inputs(base, model, params, recipe, training, validation, tests)
 
@@ -184,8 +186,8 @@ def _plot(judged: Sequence[Judged], output: Path, console: Console) -> None:
         console.print("no parity plots: matplotlib is absent; pip install 'jaxft[plots]'")
         return
     for item in judged:
-        name = re.sub(r"[^A-Za-z0-9]+", "-", item.name).strip("-")
-        picture = output / f"parity-{name}.png"
+        picture = output / f"parity-{configs.slug(item.name)}.png"
+        picture.unlink(missing_ok=True)  # of the same run, before it was resumed
         parity_plot(item.frames, {"before": item.before, "after": item.after}, picture)
         console.print(f"wrote {picture}")
 
@@ -209,7 +211,7 @@ def comparison(judged: Sequence[Judged]) -> Table:
     return table
 
 
-def _check_output(output: Path, resume: bool) -> None:
+def _check_output(output: Path, config: Config, resume: bool) -> None:
     if not resume:
         bundle.refuse_existing(output)
     elif output.exists() and not (output / CONFIG).is_file():
@@ -217,6 +219,14 @@ def _check_output(output: Path, resume: bool) -> None:
             f"{output} exists but holds no {CONFIG}, so it is no run to resume;\n"
             "give another output."
         )
+    elif output.exists():
+        then, now = (output / CONFIG).read_text().splitlines(), configs.to_yaml(config).splitlines()
+        diff = name_diff(now, then)
+        if diff:
+            raise ValueError(
+                f"{output} was made with other settings (- then, + now):\n{diff}\n"
+                "Resume with the same ones, or give another output."
+            )
 
 
 def _training_frames(config: Config, keys: Keys) -> tuple[list[Frame], list[Frame]]:
@@ -231,7 +241,12 @@ def _paths(files: list[Path] | Path) -> list[Path]:
 
 
 def _with_e0s(
-    base: Potential, params: Params, config: Config, train: Sequence[Frame], console: Console
+    base: Potential,
+    params: Params,
+    config: Config,
+    train: Sequence[Frame],
+    valid: Sequence[Frame],
+    console: Console,
 ) -> Potential:
     """The model with the E0s that the config asks for, and a table of what changed."""
     if config.e0s == "foundation":
@@ -246,13 +261,13 @@ def _with_e0s(
     else:
         e0s = {atomic_numbers[symbol]: value for symbol, value in config.e0s.items()}
         source = "the config"
-    needed = {int(z) for frame in train for z in frame.atomic_numbers}
+    needed = {int(z) for frame in (*train, *valid) for z in frame.atomic_numbers}
     missing = sorted(needed - set(e0s))
     if missing:
         raise ValueError(
             f"no isolated-atom energy for {', '.join(chemical_symbols[z] for z in missing)} in "
-            f"{source};\ngive one per element of the training frames, or e0s: foundation if they "
-            "are of the model's own level of theory."
+            f"{source};\ngive one per element of the training and validation frames, or "
+            "e0s: foundation if they are of the model's own level of theory."
         )
     model = surgery.set_e0s(base, e0s)
     table = Table(title="isolated-atom energies, eV (others unchanged)", title_justify="left")

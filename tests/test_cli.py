@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -248,17 +249,109 @@ def test_frames_that_cannot_be_used_stop_the_run_before_it_starts(
         ({"e0s": dict.fromkeys(["H", "C", "O", "Na", "Cl", "U"], -1.0)}, ["for U", "H C O"]),
         ({"recipe": [{"strategy": "freeze", "where": "**"}]}, ["leaves nothing to train"]),
         ({"loss": {"energy": 0, "forces": 0}}, ["loss", "no weight"]),
+        ({"optimizer": {"weight_decay": 0.1}}, ["weight_decay", "adamw"]),
+        ({"optimizer": {"learning_rate": float("inf")}}, ["learning_rate", "finite"]),
+        ({"seed": 10**20}, ["seed", "less than"]),
+        ({"output": "run [x]"}, ["output", "* ? [ ]"]),
+        ({"test": {"a b": {"files": "x"}, "a-b": {"files": "x"}}}, ["names of test sets"]),
+        ({"metric": "stress", "valid": "molecules.xyz"}, ["stress", "REF_stress"]),
+        ({"loss": {"stress": 1.0}, "train": "molecules.xyz"}, ["stress", "three directions"]),
+        ({"valid": "uranium.xyz"}, ["uranium.xyz:0", "does not know"]),
         ({"loss": {"stress": 1.0, "energy": 0.0, "forces": 0.0}, "keys": {"stress": "s"}}, ["'s'"]),
     ],
 )
 def test_settings_that_cannot_be_used_stop_the_run_before_it_starts(
-    changes: dict, words: list[str], settings: dict, tmp_path: Path
+    changes: dict,
+    words: list[str],
+    settings: dict,
+    frames: list[Frame],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_frames(tmp_path / "molecules.xyz", [f for f in frames if not f.is_periodic])
+    uranium = ase.Atoms("U", info={"REF_energy": 0.0})
+    uranium.arrays["REF_forces"] = np.zeros((1, 3))
+    ase.io.write("uranium.xyz", uranium)
     result = run("finetune", config_file(tmp_path, settings | changes))
     assert result.exit_code == 1
     for word in words:
         assert word in result.output
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run [x]").exists()
+
+
+@pytest.mark.parametrize("name", ["out.traj", "out.xyz.gz", "absent/out.xyz"])
+def test_predict_refuses_names_that_it_cannot_write(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    result = run("predict", folder / "tiny.jaxft", folder / "frames.xyz", tmp_path / name)
+    assert result.exit_code == 1
+    assert "NAME.xyz" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_is_never_overwritten(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "plot.png"
+    picture.write_text("precious")
+    arguments = ("evaluate", "errors", folder / "tiny.jaxft", folder / "frames.xyz", "--plot")
+    assert run(*arguments, picture).exit_code == 1
+    assert picture.read_text() == "precious"
+    assert run(*arguments, tmp_path / "plot.doc").exit_code == 1
+
+
+def test_names_with_brackets_are_printed_as_they_are(folder: Path, tmp_path: Path) -> None:
+    images = ase.io.read(folder / "frames.xyz", ":")
+    for atoms, name in zip(images, ["a[/b]", "[c] d"] * 4, strict=False):
+        atoms.info["config_type"] = name
+    ase.io.write(tmp_path / "named.xyz", images)
+    result = run("evaluate", "errors", folder / "tiny.jaxft", tmp_path / "named.xyz")
+    assert result.exit_code == 0
+    assert "a[/b]" in result.stdout
+    assert "[c] d" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["broken.db", "vasprun.xml", "broken.cif", "POSCAR", "a.xyz.gz"])
+def test_damaged_structure_files_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"SQLite format 3\x00<a>data_x loop_" * 3)
+    result = run("predict", folder / "tiny.jaxft", tmp_path / name, tmp_path / "out.xyz")
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert name in result.output
+
+
+def edit_r_max(document: dict) -> None:
+    document["model"]["r_max"] = 4.0
+
+
+def edit_elements(document: dict) -> None:
+    document["model"]["atomic_numbers"].reverse()
+
+
+def edit_products(document: dict) -> None:
+    document["model"]["products"] = []
+
+
+def edit_constant(document: dict) -> None:
+    document["model"]["silu_constant"] = float("nan")
+
+
+def edit_provenance(document: dict) -> None:
+    document["provenance"] = "abc"
+
+
+@pytest.mark.parametrize(
+    "edit", [edit_r_max, edit_elements, edit_products, edit_constant, edit_provenance]
+)
+def test_an_edited_bundle_is_refused(edit: object, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "edited.jaxft"
+    shutil.copytree(folder / "tiny.jaxft", path)
+    document = json.loads((path / "model.json").read_text())
+    edit(document)
+    (path / "model.json").write_text(json.dumps(document))
+    result = run("info", path)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
 
 
 def test_predict_refuses_unknown_elements_heads_and_names(folder: Path, tmp_path: Path) -> None:

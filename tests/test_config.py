@@ -102,6 +102,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
         "",
         "a: &x [1,1]\nb: [*x, *x]",
         "[" * 5000,
+        "epochs: 1\nepochs: 7",
     ],
 )
 def test_yaml_from_a_stranger_is_refused_and_runs_nothing(text: str, tmp_path: Path) -> None:

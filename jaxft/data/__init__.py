@@ -1,6 +1,15 @@
 """Frames, neighbour lists and batches."""
 
-from jaxft.data.batches import Dataset, Shape, epoch, num_batches, pack, prepare, shapes
+from jaxft.data.batches import (
+    Dataset,
+    Shape,
+    check_elements,
+    epoch,
+    num_batches,
+    pack,
+    prepare,
+    shapes,
+)
 from jaxft.data.frames import (
     ISOLATED_ATOM,
     Coverage,
@@ -25,6 +34,7 @@ __all__ = [
     "Frame",
     "Keys",
     "Shape",
+    "check_elements",
     "coverage",
     "epoch",
     "from_atoms",

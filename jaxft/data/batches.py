@@ -78,7 +78,7 @@ def prepare(frames: Sequence[Frame], model: Domain, *, row_width: int | None = N
     Raises:
       ValueError: a frame holds an element that the model does not know, or an impossible geometry.
     """
-    _check_elements(frames, model.atomic_numbers)
+    check_elements(frames, model.atomic_numbers)
     table = np.full(120, -1)
     table[list(model.atomic_numbers)] = np.arange(len(model.atomic_numbers))
     present = np.unique(np.concatenate([f.atomic_numbers for f in frames] or [np.zeros(0, int)]))
@@ -93,7 +93,8 @@ def prepare(frames: Sequence[Frame], model: Domain, *, row_width: int | None = N
     return Dataset(frames, samples, table[present].astype(np.int32), model.r_max, width)
 
 
-def _check_elements(frames: Sequence[Frame], known: tuple[int, ...]) -> None:
+def check_elements(frames: Sequence[Frame], known: tuple[int, ...]) -> None:
+    """Raises ValueError if a frame holds an element that is not among ``known``."""
     for frame in frames:
         unknown = sorted(set(frame.atomic_numbers.tolist()) - set(known))
         if unknown:
@@ -150,6 +151,7 @@ def shapes(dataset: Dataset, size: int) -> list[Shape]:
     A ladder of at most ``len(LADDER)`` sizes below the largest batch that can occur, thinned to the
     ones that shuffled full batches reach, so that a short last batch compiles nothing new.
     """
+    size = min(size, len(dataset))
     nodes = np.array([len(sample.species) for sample in dataset.samples])
     rows = np.array([len(sample.receivers) for sample in dataset.samples])
     ladder = [

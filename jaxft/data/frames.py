@@ -96,13 +96,8 @@ def read_atoms(path: Path) -> list[ase.Atoms]:
         raise ValueError(f"{path} is not a file; give a file of structures that ASE can read.")
     try:
         images = ase.io.read(path, index=":")
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        OSError,
-        ase.io.formats.UnknownFileTypeError,
-    ) as error:
+    # ASE's parsers raise whatever a damaged file leads them into: sqlite3, XML, assertions, …
+    except Exception as error:
         raise ValueError(
             f"{path} cannot be read as structures ({type(error).__name__}: {error});\n"
             "expected extended XYZ or another format of ase.io."
@@ -234,6 +229,7 @@ class Coverage:
     energy: int
     forces: int
     stress: int
+    """Of frames that are periodic in three directions; the stress of others means nothing."""
     elements: dict[str, int] = field(default_factory=dict)
 
 
@@ -248,9 +244,15 @@ def coverage(frames: Sequence[Frame]) -> Coverage:
         frames=len(frames),
         energy=sum(frame.energy is not None for frame in frames),
         forces=sum(frame.forces is not None for frame in frames),
-        stress=sum(frame.stress is not None for frame in frames),
+        stress=sum(has_label(frame, "stress") for frame in frames),
         elements=dict(sorted(elements.items(), key=lambda item: number_of[item[0]])),
     )
+
+
+def has_label(frame: Frame, label: str) -> bool:
+    """Whether a label counts: stress only where a volume exists."""
+    is_there = getattr(frame, label) is not None
+    return is_there and (label != "stress" or frame.is_periodic)
 
 
 def require_labels(frames: Sequence[Frame], labels: Iterable[str], *, keys: Keys) -> None:
@@ -258,11 +260,12 @@ def require_labels(frames: Sequence[Frame], labels: Iterable[str], *, keys: Keys
     if not frames:
         raise ValueError("no frames to train on (isolated atoms do not count); give some.")
     for label in labels:
-        if all(getattr(frame, label) is None for frame in frames):
+        if not any(has_label(frame, label) for frame in frames):
+            periodic = " and is periodic in three directions" if label == "stress" else ""
             raise ValueError(
                 f"none of {len(frames)} frames ({frames[0].source} …) has {label} under the key "
-                f"{getattr(keys, label)!r};\nset the key that the file uses, or give this term no "
-                "weight in the loss."
+                f"{getattr(keys, label)!r}{periodic};\nset the key that the file uses, or "
+                "give this term no weight in the loss."
             )
 
 

@@ -295,7 +295,7 @@ def _elements(elements: Sequence[ElementErrors]) -> Table:
 
 def _empty_table(title: str, first: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold")
+    table.add_column(first, overflow="fold", min_width=8)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 from ase.units import GPa
 
+from jaxft.bundle import refuse_existing
 from jaxft.data import Frame
 from jaxft.evaluate.predictions import FrameResult
+
+FORMATS = (".png", ".pdf", ".svg")
+"""Of a picture, by its suffix."""
 
 COLOURS = ("#d1873b", "#2a6fb0", "#4b8f5a", "#8a5aa5")
 """Of the models, in the order given."""
@@ -60,9 +64,20 @@ def parity_plot(
     panels = _panels(frames, results)
     if not panels:
         raise ValueError("none of the frames has a label to compare with; check the label keys.")
-    figure = _figure(panels)
-    figure.savefig(path, dpi=160)
-    return Path(path)
+    path = Path(path)
+    check_picture(path)
+    _figure(panels).savefig(path, dpi=160)
+    return path
+
+
+def check_picture(path: Path) -> None:
+    """Raises FileExistsError or ValueError if a plot cannot be written to ``path``."""
+    refuse_existing(path)
+    if path.suffix not in FORMATS or not path.parent.is_dir():
+        raise ValueError(
+            f"{path} cannot be written; give a name ending in {', '.join(FORMATS)} in a folder "
+            "that exists."
+        )
 
 
 def _panels(frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]]) -> list[_Panel]:

@@ -187,6 +187,10 @@ def predict_file(
     """
     output = Path(output)
     refuse_existing(output)
+    if output.suffix not in (".xyz", ".extxyz") or not output.parent.is_dir():
+        raise ValueError(
+            f"{output} cannot be written; give NAME.xyz or NAME.extxyz in a folder that exists."
+        )
     images = read_atoms(Path(structures))
     frames = [unlabelled(atoms, source=f"{structures}:{i}") for i, atoms in enumerate(images)]
     results = predict_frames(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import e3nn_jax as e3nn
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _checked_irreps(text: str) -> str:
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class InteractionConfig(_Frozen):
@@ -81,6 +81,20 @@ class MACEConfig(_Frozen):
     """``cst`` of the non-linear readout's silu."""
     mace_attributes: dict[str, bool | str | None] = Field(default_factory=dict)
     """Constructor flags that only an export back to torch needs."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> MACEConfig:
+        layers = {len(self.interactions), len(self.products), len(self.readouts)}
+        if len(layers) != 1 or 0 in layers:
+            raise ValueError(f"interactions, products and readouts have {layers} layers")
+        if not self.atomic_numbers or len(set(self.atomic_numbers)) != len(self.atomic_numbers):
+            raise ValueError("atomic_numbers must hold each element once")
+        if not self.heads:
+            raise ValueError("heads is empty")
+        for product in self.products:
+            if len(product.paths) != len(e3nn.Irreps(product.irreps_out)) or not product.paths[0]:
+                raise ValueError("a product needs one list of path counts per output irrep")
+        return self
 
     @property
     def num_elements(self) -> int:
