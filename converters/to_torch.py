@@ -204,7 +204,7 @@ def _build(modules: Any, torch: Any, config: MACEConfig) -> Any:
         for layer in block.conv_tp_weights:
             _set_constant(getattr(layer, "act", None), config.silu_constant)
     for readout in module.readouts:
-        if hasattr(readout, "non_linearity"):
+        if "non_linearity" in dict(readout.named_children()):
             _set_constant(readout.non_linearity.acts[0], config.readout_silu_constant)
     return module
 

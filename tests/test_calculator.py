@@ -282,8 +282,6 @@ def test_a_failed_structure_leaves_no_stale_results(calc):
 @pytest.fixture(scope="module")
 def trained():
     """A model that was trained: dynamics on a random one ends in a collapse."""
-    if not TRAINED.is_file():
-        pytest.skip(f"{TRAINED.name} is not in this checkout")
     return convert(TRAINED)
 
 

@@ -77,7 +77,6 @@ def calculate(path, frames, dtype="float64"):
 # --- bit for bit ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason=f"{SHIPPED.name} is absent")
 def test_the_shipped_model_survives_the_round_trip_bit_for_bit(tmp_path):
     assert_same_tensors(round_trip(SHIPPED, tmp_path), SHIPPED)
 
@@ -326,6 +325,14 @@ def test_tensors_that_are_missing_or_unknown_are_both_listed(small_file):
         match=r"(?s)- interactions\.0\.skip_tp\.weight\n\+ interactions\.0\.alpha",
     ):
         from_file(changed)
+
+
+def test_a_damaged_attribute_is_an_error_of_the_file(small_file):
+    file = read(small_file)
+    (instruction, *_) = file.root.module("readouts.0.linear").get("instructions")
+    instruction.args = (*instruction.args[:3], b"flipped")
+    with pytest.raises(ModelFileError, match="damaged"):
+        from_file(file)
 
 
 def test_a_tensor_of_another_size_is_named(small_file):

@@ -468,3 +468,10 @@ def test_published_sets_are_read_with_all_their_labels(name, frames, labels):
     assert (counted.energy, counted.forces, counted.stress) == labels
     for frame in found:
         assert neighbours(frame, 5.0).receivers.max(initial=0) < len(frame)
+
+
+def test_a_batch_size_beyond_the_dataset_is_one_batch_of_it_all(frames, model):
+    dataset = data.prepare(frames, model)
+    assert data.shapes(dataset, 10**9) == data.shapes(dataset, len(frames))
+    (batch,) = data.epoch(dataset, 10**9)
+    assert (batch.frame >= 0).sum() == len(frames)

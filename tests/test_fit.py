@@ -188,3 +188,11 @@ def test_nan_labels_stop_the_run_and_name_the_frames(
 def test_impossible_settings_are_refused(settings: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         FitSettings(**{"epochs": 1, "loss_weights": WEIGHTS} | settings)
+
+
+def test_a_damaged_checkpoint_is_named(run, tmp_path: Path) -> None:
+    run(epochs=1)
+    (record,) = (tmp_path / "checkpoints").glob("*/progress/metadata")
+    record.write_text('{"identity')
+    with pytest.raises(ValueError, match=r"(?s)checkpoints.*is damaged.*start a new output"):
+        run(epochs=1)

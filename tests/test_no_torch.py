@@ -49,7 +49,7 @@ PROGRAM = """
 
 
 def test_a_model_is_converted_and_run_where_torch_cannot_be_imported(tiny_file):
-    files = [tiny_file, *([SHIPPED] if SHIPPED.exists() else [])]
+    files = [tiny_file, SHIPPED]
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), *map(str, files)],
         cwd=ROOT,

@@ -109,7 +109,6 @@ def test_activations_are_references(tmp_path, function):
 
 
 @pytest.mark.torch
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="benchmarks/data/gfn2_small.model is absent")
 def test_published_model_equals_its_state_dict():
     torch = pytest.importorskip("torch")
     pytest.importorskip("mace")
@@ -117,7 +116,6 @@ def test_published_model_equals_its_state_dict():
     assert_as_torch_reads_it(PUBLISHED, model)
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="benchmarks/data/gfn2_small.model is absent")
 def test_published_model_is_read_without_torch():
     file = read(PUBLISHED)
     assert file.root.name == "ScaleShiftMACE"
