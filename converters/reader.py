@@ -1,10 +1,11 @@
 """Read a torch ``.model`` file without torch: named arrays and an inert tree of modules.
 
 ``torch.save(model)`` writes a zip archive: ``<stem>/data.pkl`` holds the objects and
-``<stem>/data/<key>`` the raw storages. :func:`read` checks the archive, lets
-:mod:`converters.unpickle` turn the pickle into :class:`Node` objects, and names the tensors as
-torch's ``state_dict()`` does. It needs no torch, mace or e3nn, and runs nothing that the file
-contains; ``torch.load`` of a whole model executes any code in it.
+``<stem>/data/<key>`` the raw storages; before version 1.6 of torch, several pickles followed by the
+storages. :func:`read` checks the file, lets :mod:`converters.unpickle` turn the pickle into
+:class:`Node` objects, and names the tensors as torch's ``state_dict()`` does. It needs no torch,
+mace or e3nn, and runs nothing that the file contains; ``torch.load`` of a whole model executes any
+code in it.
 
 Example:
   >>> file = read("MACE.model")                                            # doctest: +SKIP
@@ -14,14 +15,17 @@ Example:
   ((8, 0, 1), (8, 1, -1))
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import operator
 import os
 import re
+import stat
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,32 @@ MALFORMED = (
 )
 
 
+MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # torch's mark of its old format
+LEGACY_VERSION = 1001
+
+GIVE = "give the .model file that mace_run_train saved"
+LACKS = (
+    "weights without the model's hyper-parameters (irreps, average number of neighbours, "
+    "activations, tensor-product instructions); give the .model file of the same run instead, or "
+    "one of the same architecture as well: --like FILE.model (like= in Python)"
+)
+
+# Other kinds of file by their first bytes, in lower case, after white space.
+KINDS = {
+    b"version https://git-lfs": "it is a git-lfs pointer, not the file itself; run 'git lfs pull' "
+    "or download the file from the web page",
+    b"<!doctype html": "it is a web page, probably a failed download; download the file itself",
+    b"<html": "it is a web page, probably a failed download; download the file itself",
+    b"<?xml": "it is an XML page, probably a failed download; download the file itself",
+    b"\x1f\x8b": "it is compressed with gzip; unpack it first: gunzip, or tar -xzf for an archive",
+    b"bzh": "it is compressed with bzip2; unpack it first",
+    b"\xfd7zxz": "it is compressed with xz; unpack it first",
+    b"(\xb5/\xfd": "it is compressed with zstd; unpack it first",
+    b"\x80": f"it is a Python pickle that torch.save did not write; {GIVE}",
+    b"\x89hdf": f"it is an HDF5 file; {GIVE}",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
     """A torch model, as data.
@@ -80,22 +110,50 @@ class ModelFile:
     parameters: frozenset[str]
 
 
-def read(path: str | Path, *, max_bytes: int = 4 << 30) -> ModelFile:
-    """Read a torch ``.model`` file.
+def read(
+    path: str | Path, *, like: str | Path | None = None, max_bytes: int = 4 << 30
+) -> ModelFile:
+    """Read a torch ``.model`` file, or the weights of a training checkpoint.
 
     Args:
-      path: A whole MACE model as ``mace_run_train`` saves it, pickle protocol 2 to 5.
+      path: A whole MACE model as ``mace_run_train`` saves it, pickle protocol 2 to 5. With
+        ``like``: a ``state_dict()``, or a checkpoint of ``mace_run_train`` (``.pt``).
+      like: A whole model of the same architecture. It supplies the hyper-parameters, and
+        what one of two versions of MACE may lack: empty tensors and masks, which the architecture
+        determines. All other tensors are those of ``path``; their names and shapes must agree.
       max_bytes: The largest file, and the largest sum of tensor sizes, to accept.
 
     Raises:
       ModelFileError: For whatever is wrong with the file; it is the only error a file can cause.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ModelFileError(f"{path}: there is no such file; expected a torch MACE .model file")
+    with _blaming(path):
+        sha256, root = _open(path, max_bytes)
+        if _is_model(root):
+            if like is not None:
+                raise ModelFileError(
+                    "it is a whole model with its hyper-parameters; leave like out"
+                )
+            return ModelFile(path, sha256, root, *_state_dict(root, max_bytes))
+        if like is None:
+            raise ModelFileError(_not_a_model(root))
+        weights = _weights(root, max_bytes)
+    with _blaming(Path(like)):
+        _, model = _open(Path(like), max_bytes)
+        if not _is_model(model):
+            raise ModelFileError(f"like must be a whole model, but {_not_a_model(model)}")
+        tensors, parameters = _state_dict(model, max_bytes)
+    with _blaming(path):
+        tensors = _merge(tensors, weights, Path(like))
+        _replace(model, tensors)
+    return ModelFile(path, sha256, model, tensors, parameters)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what a damaged file can raise into one error that names the file."""
     try:
-        with _CappedFile(path) as file:
-            return _read(path, file, max_bytes)
+        yield
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error.__cause__
     except MALFORMED as error:
@@ -105,48 +163,159 @@ def read(path: str | Path, *, max_bytes: int = 4 << 30) -> ModelFile:
         ) from error
 
 
-def _read(path: Path, file: "_CappedFile", max_bytes: int) -> ModelFile:
-    size = os.fstat(file.fileno()).st_size
-    if size > max_bytes:
-        raise ModelFileError(f"it has {size} bytes, more than max_bytes={max_bytes}")
-    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    file.seek(0)
-    _check_magic(file.read(64))
-    archive = _Archive(file, size)
-    root = load(archive.pickle(), archive.storage)
-    if not isinstance(root, Node) or root.qualname not in MODELS:
-        raise ModelFileError(_not_a_model(root))
-    tensors, parameters = _state_dict(root, max_bytes)
-    return ModelFile(path, sha256, root, tensors, parameters)
+def _open(path: Path, max_bytes: int) -> tuple[str, Any]:
+    """The SHA-256 of a torch file and the object that it holds."""
+    if not path.exists():
+        raise ModelFileError("there is no such file; expected a torch MACE .model file")
+    if path.is_dir():
+        raise ModelFileError("it is a directory; give a torch MACE .model file in it")
+    if not path.is_file():
+        raise ModelFileError("it is a pipe, socket or device; expected a torch MACE .model file")
+    try:
+        file = _CappedFile(path, opener=_opener)
+    except OSError as error:
+        raise ModelFileError(f"it cannot be opened ({error.strerror}); see its owner") from error
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelFileError("it is no longer a regular file")
+        if status.st_size > max_bytes:
+            raise ModelFileError(f"it has {status.st_size} bytes, more than max_bytes={max_bytes}")
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        head = file.read(64)
+        if head.startswith(b"PK\x03\x04"):
+            archive = _Archive(file, status.st_size)
+            return sha256, load(archive.pickle(), archive.storage)
+        if MAGIC in head:
+            return sha256, _Legacy(file, status.st_size).load()
+        raise ModelFileError(_not_a_torch_file(head))
 
 
-def _check_magic(head: bytes) -> None:
-    if head.startswith(b"PK\x03\x04"):
-        return
-    if (0x1950A86A20F9469CFC6C).to_bytes(10, "little") in head:  # torch's mark of its old format
-        raise ModelFileError(
-            "it is in torch's format from before version 1.6; save it again with a newer torch: "
-            "torch.save(torch.load(path, weights_only=False), new_path)"
-        )
-    raise ModelFileError(
-        f"it is not a torch file: expected a zip archive, found the bytes {head[:12]!r}; "
-        "give the .model file that mace_run_train saved"
-    )
+def _opener(path: str, flags: int) -> int:
+    # A pipe put in the file's place after the checks would block for ever
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _not_a_torch_file(head: bytes) -> str:
+    if not head:
+        return f"it is empty; copy or download it again, or {GIVE}"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for mark, message in KINDS.items():
+        if start.startswith(mark):
+            return message
+    kind = "it is a text file" if _is_text(head) else "it is not a torch file"
+    return f"{kind}: expected a zip archive, found the bytes {head[:12]!r}; {GIVE}"
+
+
+def _is_text(head: bytes) -> bool:
+    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in head) and head.isascii()
+
+
+def _is_model(root: Any) -> bool:
+    return isinstance(root, Node) and root.qualname in MODELS
 
 
 def _not_a_model(root: Any) -> str:
     if isinstance(root, dict) and "model" in root:
-        return (
-            "it is a training checkpoint: weights without the model's hyper-parameters; "
-            "give the .model file of the same run"
-        )
+        if _is_model(root["model"]):
+            return (
+                "it is a dict with a whole model under 'model'; save that alone, in torch: "
+                "torch.save(torch.load(path, weights_only=False)['model'], new_path)"
+            )
+        return f"it is a training checkpoint: {LACKS}"
+    if isinstance(root, dict) and all(isinstance(value, np.ndarray) for value in root.values()):
+        return f"it is a bare state_dict: {LACKS}"
     if isinstance(root, dict):
-        return (
-            "it is a dict, probably a bare state_dict(): weights without the model's "
-            "hyper-parameters; give the .model file they came from"
-        )
+        names = [str(key)[:40] for key in list(root)[:10]]
+        return f"it holds a dict with the keys {names}, not a model; {GIVE}"
     kind = root.qualname if isinstance(root, Node | Reference) else type(root).__name__
-    return f"it holds a {kind}, not a MACE or ScaleShiftMACE model; give a whole saved model"
+    kind = {"ndarray": "tensor"}.get(kind, kind)
+    return f"it holds a {kind}, not a MACE or ScaleShiftMACE model; {GIVE}"
+
+
+def _weights(root: Any, max_bytes: int) -> dict[str, np.ndarray]:
+    """The tensors of a state_dict, or of the one in a training checkpoint, by name."""
+    found = root.get("model", root) if isinstance(root, dict) else None
+    if found == {}:
+        raise ModelFileError(f"its state_dict is empty; {GIVE}")
+    if not isinstance(found, dict):
+        raise ModelFileError(
+            f"expected a state_dict or a training checkpoint, but {_not_a_model(root)}"
+        )
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise ModelFileError(
+                f"expected a state_dict, but its entry {str(name)[:80]!r} is a "
+                f"{type(value).__name__}, not a tensor"
+            )
+    if sum(array.nbytes for array in found.values()) > max_bytes:
+        raise ModelFileError(f"its tensors have more than max_bytes={max_bytes} bytes")
+    return found
+
+
+def _merge(
+    like: dict[str, np.ndarray], weights: dict[str, np.ndarray], path: Path
+) -> dict[str, np.ndarray]:
+    """``weights`` under the names, and in the order, of ``like``; both must agree."""
+    kept = {name for name in like.keys() - weights.keys() if _is_implied(name, like[name])}
+    expected = {name: _layout(like[name]) for name in like if name not in kept}
+    found = {
+        name: _layout(array)
+        for name, array in weights.items()
+        if name in like or not _is_implied(name, array)
+    }
+    if expected != found:
+        raise ModelFileError(
+            f"its tensors are not those of a model like {path} (-: expected, +: found):\n"
+            + _difference(expected, found)
+            + "\ngive a whole model of the same architecture and number of elements and heads; "
+            "weights in cuEquivariance layout or with LoRA adapters must be converted or merged "
+            "first, in torch"
+        )
+    merged = {name: like[name] if name in kept else weights[name] for name in like}
+    dtypes = {array.dtype for name, array in merged.items() if name not in kept}
+    floats = {dtype for dtype in dtypes if _kind(dtype) == "float"}
+    if len(floats) == 1:  # so that the model has one precision; masks are zeros and ones
+        (dtype,) = floats
+        for name in sorted(kept):
+            if _kind(like[name].dtype) == "float" and like[name].dtype != dtype:
+                merged[name] = like[name].astype(dtype)
+                merged[name].flags.writeable = False
+    return merged
+
+
+def _is_implied(name: str, array: np.ndarray) -> bool:
+    """Whether a tensor follows from the architecture, so that versions of MACE may leave it out."""
+    implied = name.endswith(("_zeroed", "output_mask")) or "_compiled_main" in name
+    return implied or array.size == 0
+
+
+def _layout(array: np.ndarray) -> str:
+    return f"{_kind(array.dtype)} {array.shape}"
+
+
+def _kind(dtype: np.dtype) -> str:
+    """``float``, ``int`` or ``bool``, as torch converts freely between precisions."""
+    name = dtype.name.rstrip("0123456789")
+    return {"bfloat": "float", "uint": "int"}.get(name, name)
+
+
+def _difference(expected: dict[str, str], found: dict[str, str], most: int = 12) -> str:
+    removed = [(name, "-", what) for name, what in expected.items() if found.get(name) != what]
+    added = [(name, "+", what) for name, what in found.items() if expected.get(name) != what]
+    lines = sorted(removed + added, key=lambda line: (line[0], line[1] == "+"))
+    shown = [f"  {sign} {name[:100]}: {what[:100]}" for name, sign, what in lines[:most]]
+    return "\n".join(shown + [f"  and {len(lines) - most} more"] * (len(lines) > most))
+
+
+def _replace(root: Node, tensors: dict[str, np.ndarray]) -> None:
+    """Put the tensors into the tree, which is ours alone, so that both say the same."""
+    for name, array in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        node = root.module(path) if path else root
+        buffers = node._table("_buffers")
+        (buffers if buffers.get(leaf) is not None else node._table("_parameters"))[leaf] = array
 
 
 class _CappedFile(io.FileIO):
@@ -160,6 +329,78 @@ class _CappedFile(io.FileIO):
         if len(data) > self.cap:
             raise ModelFileError(f"a part of the archive has more than {self.cap} bytes")
         return data
+
+
+def _dtype(kind: str) -> np.dtype:
+    dtype = STORAGES.get(kind)
+    if dtype is None:
+        raise ModelFileError(f"a storage has the type {kind!r}; expected {sorted(STORAGES)}")
+    return dtype
+
+
+class _Legacy:
+    """A file in torch's format from before version 1.6.
+
+    Pickles of a magic number, the format's version, the machine, the object and the keys of the
+    storages follow one another; then come the storages, as ``<int64 size><raw>`` each. Since the
+    object is built first, its tensors view memory that is filled afterwards.
+    """
+
+    def __init__(self, file: _CappedFile, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._claimed = 0
+        self._storages: dict[str, tuple[np.dtype, np.ndarray]] = {}
+
+    def load(self) -> Any:
+        self._file.seek(0)
+        self._file.cap = MAX_PICKLE
+        stream = io.BytesIO(self._file.read(min(self._size, MAX_PICKLE)))
+        magic, version, machine = (load(stream, _no_storage, limit=100) for _ in range(3))
+        if type(magic) is not int or magic != int.from_bytes(MAGIC, "little"):
+            raise ModelFileError("it does not begin with torch's magic number")
+        if type(version) is not int or version != LEGACY_VERSION:
+            raise ModelFileError(f"its format is not the version {LEGACY_VERSION} that torch wrote")
+        if type(machine) is not dict or machine.get("little_endian") is not True:
+            raise ModelFileError("it was written on a big-endian machine; save it on another one")
+        root = load(stream, self.storage, legacy=True)
+        keys = load(stream, _no_storage)
+        if type(keys) is not list or len(keys) != len(self._storages):
+            raise ModelFileError("its list of storages is not that of its pickle; it is damaged")
+        self._file.seek(stream.tell())
+        for key in keys:
+            self._fill(*self._storages.pop(key))
+        if self._file.tell() != self._size:
+            raise ModelFileError("it goes on behind its last storage; download or copy it again")
+        return root
+
+    def storage(self, kind: str, key: str, size: int) -> Storage:
+        """The storage of a persistent id, still without its content."""
+        dtype = _dtype(kind)
+        if key not in self._storages:
+            self._claimed += 8 + size * dtype.itemsize
+            if size < 0 or self._claimed > self._size:
+                raise ModelFileError("its storages claim more bytes than the whole file has")
+            self._storages[key] = dtype, np.empty(size * dtype.itemsize, np.uint8)
+        known, raw = self._storages[key]
+        if known != dtype or size * dtype.itemsize != raw.size:
+            raise ModelFileError(f"its storage {key[:80]!r} has two types or sizes")
+        return Storage(raw.data.toreadonly(), dtype)
+
+    def _fill(self, dtype: np.dtype, raw: np.ndarray) -> None:
+        size = int.from_bytes(self._file.read(8), "little")
+        if size * dtype.itemsize != raw.size:
+            raise ModelFileError("a storage has not the size that is declared; it is damaged")
+        rest = raw.data
+        while rest:
+            count = self._file.readinto(rest)
+            if not count:
+                raise ModelFileError("it is truncated; download or copy it again")
+            rest = rest[count:]
+
+
+def _no_storage(kind: str, key: str, size: int) -> Storage:
+    raise ModelFileError("its header has a storage")
 
 
 class _Archive:
@@ -213,9 +454,7 @@ class _Archive:
 
     def storage(self, kind: str, key: str, size: int) -> Storage:
         """The storage of a persistent id. Its location ('cuda:0') plays no role here."""
-        dtype = STORAGES.get(kind)
-        if dtype is None:
-            raise ModelFileError(f"a storage has the type {kind!r}; expected {sorted(STORAGES)}")
+        dtype = _dtype(kind)
         member = f"{self._stem}/data/{key}"
         if key not in self._storages:
             self._storages[key] = self._bytes(member)

@@ -12,12 +12,12 @@ Reference: the instruction set of ``pickletools``; ``torch/_utils.py`` for rebui
 import dataclasses
 import math
 import pickletools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from converters.vocabulary import CLASSES, FIELDS, MENTIONED, REFUSED, STORAGES, TORCH_FUNCTIONS
+from converters.vocabulary import CLASSES, FIELDS, MEMBERS, MENTIONED, REFUSED, STORAGES
 
 MAX_OPCODES = 1_000_000  # a three-layer MACE has about 20 000
 MAX_COPIED = 64 << 20  # bytes that instructions may copy: one string can be encoded many times
@@ -39,7 +39,7 @@ class Reference:
 class Storage:
     """The bytes and dtype behind one or more tensors."""
 
-    raw: bytes
+    raw: bytes | memoryview
     dtype: np.dtype
 
     @property
@@ -87,7 +87,7 @@ class Node:
         if missing is not None:
             raise ModelFileError(
                 f"the model has no module {path!r}: {node.name} lacks {missing!r} among its "
-                f"sub-modules {list(node.children)}; its layout is not one that jaxft knows"
+                f"sub-modules {_some(node.children)}; its layout is not one that jaxft knows"
             )
         return node
 
@@ -104,7 +104,7 @@ class Node:
         if default is ...:
             known = sorted(str(key) for key in self.state if not str(key).startswith("_"))
             raise ModelFileError(
-                f"{self.qualname} has no attribute {name!r}, only {known}; "
+                f"{self.qualname} has no attribute {name!r}, only {_some(known)}; "
                 "the file was written by a version of MACE that jaxft does not know"
             )
         return default
@@ -125,12 +125,20 @@ class Node:
         return node, None
 
 
-def load(data: bytes, storage: Callable[[str, str, int], Storage]) -> Any:
+def load(
+    source: bytes | BinaryIO,
+    storage: Callable[[str, str, int], Storage],
+    *,
+    legacy: bool = False,
+    limit: int = MAX_OPCODES,
+) -> Any:
     """Run a pickle of protocol 2 to 5 and return the object it describes.
 
     Args:
-      data: The pickle, normally ``data.pkl`` of a torch file.
+      source: The pickle, normally ``data.pkl`` of a torch file. A stream is left just behind it.
       storage: ``storage(dtype_name, key, size)`` gives the storage of a persistent id.
+      legacy: Whether persistent ids have the layout of torch before version 1.6.
+      limit: The largest number of instructions.
 
     Returns:
       Built-in scalars and containers, :class:`Node`, :class:`Reference`, :class:`Storage` and
@@ -140,10 +148,10 @@ def load(data: bytes, storage: Callable[[str, str, int], Storage]) -> Any:
       ModelFileError: For everything outside the allow-list. A malformed stream may also raise what
         Python raises for it (TypeError, IndexError, …); :func:`converters.reader.read` converts.
     """
-    machine = _Machine(storage)
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if count >= MAX_OPCODES:
-            raise ModelFileError(f"its pickle has more than {MAX_OPCODES} instructions")
+    machine = _Machine(storage, legacy)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+        if count >= limit:
+            raise ModelFileError(f"its pickle has more than {limit} instructions")
         name = opcode.name
         if name in _LITERALS:
             machine.stack.append(argument)
@@ -162,8 +170,9 @@ class _Machine:
     The memo is a dict, so an absurd index costs nothing.
     """
 
-    def __init__(self, storage: Callable[[str, str, int], Storage]) -> None:
+    def __init__(self, storage: Callable[[str, str, int], Storage], legacy: bool) -> None:
         self.storage = storage
+        self.legacy = legacy
         self.stack: list = []
         self.outer: list[list] = []  # the stacks below each open MARK
         self.memo: dict[int, Any] = {}
@@ -228,8 +237,17 @@ class _Machine:
         self.stack.append(reference(_exactly(module, str), _exactly(name, str)))
 
     def persistent(self, _: None) -> None:
-        kind, dtype, key, _location, size = _exactly(self.stack.pop(), tuple)
-        if kind != "storage" or type(dtype) is not Reference:
+        parts = _exactly(self.stack.pop(), tuple)
+        tag = _exactly(parts[0], str) if parts else ""
+        if self.legacy and tag == "module":
+            self.stack.append(_class_of(parts))
+            return
+        if self.legacy:
+            *parts, view = parts
+            if view is not None:
+                raise ModelFileError("a storage of its pickle views another one, as no MACE has it")
+        _, dtype, key, _location, size = parts
+        if tag != "storage" or type(dtype) is not Reference:
             raise ModelFileError("a persistent id of its pickle is not a torch storage")
         found = self.storage(dtype.qualname, _exactly(key, str), _exactly(size, int))
         self.stack.append(found)
@@ -304,6 +322,19 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "REDUCE": _Machine.reduce,
     "BUILD": _Machine.build,
 }
+
+
+def _class_of(parts: tuple) -> Reference:
+    """The class of a persistent id of the old format, which adds its source code for comparison."""
+    _, cls, _file, _source = parts
+    if type(cls) is not Reference or cls.qualname not in CLASSES:
+        raise ModelFileError(f"a persistent id of its pickle has {_describe(cls)}, not a class")
+    return cls
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return str(names[:40]) if len(names) <= 40 else f"{names[:40]} and {len(names) - 40} more"
 
 
 def _exactly(value: Any, kind: type) -> Any:
@@ -389,18 +420,20 @@ def _graph_module(body: dict, import_block: str) -> Node:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
+    if _exactly(encoding, str) != "latin1":
         raise ModelFileError("its pickle encodes text, but not as latin1")
     return _exactly(text, str).encode("latin1")  # how protocol 2 writes bytes
 
 
 def _getattr(owner: Reference, name: str) -> Reference:
-    expected = Reference("torch._C._VariableFunctionsClass")
-    if owner != expected or _exactly(name, str) not in TORCH_FUNCTIONS:
+    names = MEMBERS.get(owner.qualname, ()) if type(owner) is Reference else ()
+    if _exactly(name, str) not in names:
         raise ModelFileError(
             f"its pickle calls getattr on {_describe(owner)}; nothing was executed"
         )
-    return Reference(f"torch.{name}")
+    if owner.qualname == "torch._C._VariableFunctionsClass":
+        return Reference(f"torch.{name}")
+    return Reference(f"{owner.qualname}.{name}")
 
 
 def _set(items: list) -> set:

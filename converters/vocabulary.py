@@ -15,15 +15,20 @@ STORAGES = {
     "torch.LongStorage": np.dtype(np.int64),
     "torch.IntStorage": np.dtype(np.int32),
     "torch.BoolStorage": np.dtype(np.bool_),
+    "torch.ByteStorage": np.dtype(np.uint8),  # states of random generators, in checkpoints
 }
 
-# torch.tanh and torch.abs are pickled as getattr(torch._C._VariableFunctionsClass, name).
-TORCH_FUNCTIONS = frozenset({"abs", "sigmoid", "tanh"})
+# What may be looked up with getattr, and where: protocol 2 writes torch.tanh and torch.abs as
+# getattr(torch._C._VariableFunctionsClass, name), and so the schedule of stage two in checkpoints.
+MEMBERS = {
+    "torch._C._VariableFunctionsClass": frozenset({"abs", "sigmoid", "tanh"}),
+    "torch.optim.swa_utils.SWALR": frozenset({"_cosine_anneal", "_linear_anneal"}),
+}
 
 # Mentioned as values, never called: activations and torch.fx's tracer.
 MENTIONED = frozenset(
     {
-        "torch._C._VariableFunctionsClass",
+        *MEMBERS,
         "torch.fx._symbolic_trace.Tracer",
         "torch.nn.functional.sigmoid",
         "torch.nn.functional.silu",
@@ -103,6 +108,10 @@ REFUSED = {
     "mace.modules.blocks.NonLinearDipole": _KIND,
     "mace.modules.lora.": "the model was saved in the middle of a LoRA run; merge the adapters in "
     "torch first (mace.modules.lora.merge_lora_weights) and save it again",
+    "mace_jax.": "it was written by mace-jax; give the torch .model file it was made from",
+    "torch._dynamo.": "the model was saved after torch.compile; save model._orig_mod instead",
+    "torch.nn.parallel.": "the model is wrapped for several devices; save model.module instead",
+    "torch.optim.swa_utils.AveragedModel": "it is an average of models; save its .module instead",
     "mace.calculators.": "this is a wrapper around a model, such as LAMMPS uses; give the original "
     ".model file",
     "numpy.": "an attribute is a NumPy scalar; in torch, replace it by a Python number "

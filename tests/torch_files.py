@@ -1,12 +1,17 @@
 """Torch files for tests: real ones written by torch and mace, and forged ones assembled by hand."""
 
 import os
+import pickle
+import pickletools
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from converters.unpickle import Storage, load
+from converters.vocabulary import STORAGES
 
 
 def mace_model(*, dtype: str = "float64", correlation: int = 2, **changes: Any) -> Any:
@@ -150,3 +155,96 @@ def forge(
         for name, data in (content | (members or {})).items():
             archive.writestr(name, data)
     return path
+
+
+MAGIC = 0x1950A86A20F9469CFC6C
+MACHINE = {
+    "protocol_version": 1001,
+    "little_endian": True,
+    "type_sizes": {"short": 2, "int": 4, "long": 4},
+}
+
+
+def legacy_storage(key: Any = "0", size: Any = 2, *, kind: Any = None, view: Any = None) -> Code:
+    """A persistent id of torch before version 1.6."""
+    kind = named("torch.FloatStorage") if kind is None else kind
+    return Code(code(("storage", kind, key, "cpu", size, view)) + b"Q")
+
+
+def legacy_class(cls: Any, *, file: Any = "a.py", source: Any = "import os") -> Code:
+    """The persistent id of a class, with its source code."""
+    return Code(code(("module", cls, file, source)) + b"Q")
+
+
+def forge_legacy(
+    path: Path,
+    root: Any,
+    *,
+    storages: dict[str, tuple[int, bytes]] | None = None,
+    keys: Any = None,
+    magic: Any = MAGIC,
+    version: Any = 1001,
+    machine: Any = MACHINE,
+    tail: bytes = b"",
+) -> Path:
+    """Write a torch file of the old format around ``root``; ``storages`` are sizes and bytes."""
+    storages = {"0": (2, bytes(8))} if storages is None else storages
+    keys = list(storages) if keys is None else keys
+    instructions = root if type(root) is bytes else b"\x80\x02" + code(root) + b"."
+    pickles = [pickle.dumps(value, 2) for value in (magic, version, machine)]
+    raw = [size.to_bytes(8, "little", signed=True) + data for size, data in storages.values()]
+    parts = [*pickles, instructions, b"\x80\x02" + code(keys) + b".", *raw, tail]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def to_legacy(source: Path, path: Path) -> Path:
+    """Rewrite a torch file in the old format, with no help from torch."""
+    with zipfile.ZipFile(source) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    (stem,) = [name.removesuffix("data.pkl") for name in content if name.endswith("/data.pkl")]
+    storages: dict[str, tuple[int, bytes]] = {}
+
+    def storage(kind: str, key: str, size: int) -> Storage:
+        storages[key] = size, content[f"{stem}data/{key}"]
+        return Storage(storages[key][1], STORAGES[kind])
+
+    instructions = content[f"{stem}data.pkl"]
+    load(instructions, storage)
+    return forge_legacy(path, with_views(instructions), storages=storages)
+
+
+def with_views(instructions: bytes) -> bytes:
+    """The instructions with the sixth part that the old format has in each persistent id."""
+    parts, start, end = [], 0, None
+    for opcode, _, position in pickletools.genops(instructions):
+        if opcode.name == "TUPLE":
+            end = position
+        elif opcode.name == "BINPERSID":
+            parts += [instructions[start:end], b"N"]
+            start = end
+    return b"".join([*parts, instructions[start:]])
+
+
+def state_dict(tensors: dict[str, Any], path: Path, *, wrap: Any = None) -> Path:
+    """Write arrays as ``torch.save(state_dict)`` does, without torch.
+
+    ``wrap`` may put the instructions of the state dict into something larger. The
+    arrays are NumPy's; those of the same memory get storages of their own.
+    """
+    kinds = {dtype: name for name, dtype in STORAGES.items()}
+    members, entries = {}, {}
+    for index, (name, array) in enumerate(tensors.items()):
+        members[f"m/data/{index}"] = array.tobytes()
+        strides = [1] * array.ndim
+        for axis in range(array.ndim - 1, 0, -1):
+            strides[axis - 1] = strides[axis] * array.shape[axis]
+        of = storage(str(index), array.size, kind=kinds[array.dtype])
+        entries[name] = tensor(array.shape, tuple(strides), 0, of)
+    made = Code(call("collections.OrderedDict") + code_of_items(entries))
+    made = Code(made + code({"_metadata": call("collections.OrderedDict")}) + b"b")
+    return forge(path, made if wrap is None else wrap(made), members=members)
+
+
+def code_of_items(items: dict) -> bytes:
+    return b"(" + b"".join(code(key) + code(item) for key, item in items.items()) + b"u"
