@@ -102,7 +102,7 @@ def from_scratch(name: str, model: jaxft.Potential, folder: Path) -> Path:
     """A bundle of the architecture with random parameters; mace-torch's initial statistics."""
     frames = data.read([DATA / f"{name}_train.xyz", DATA / f"{name}_atoms.xyz"])
     model = surgery.set_e0s(model, data.isolated_atom_energies(frames))
-    table = dict(zip(model.atomic_numbers, model.e0s, strict=True))
+    table = dict(zip(model.atomic_numbers, model.e0s[0], strict=True))
     frames = data.without_isolated_atoms(frames)
     rms = np.sqrt(np.mean(np.concatenate([f.forces.ravel() for f in frames]) ** 2))
     mean = np.mean([(f.energy - sum(table[z] for z in f.atomic_numbers)) / len(f) for f in frames])
@@ -180,7 +180,7 @@ def judge(name: str, model: jaxft.Potential, params: dict, base: jaxft.Potential
     ]
     found = errors(target, predict_frames(model, params, target)).total.rmse()
     own = surgery.set_e0s(
-        model, {z: e for z, e in zip(base.atomic_numbers, base.e0s) if z in model.atomic_numbers}
+        model, {z: e for z, e in zip(base.atomic_numbers, base.e0s[0]) if z in model.atomic_numbers}
     )
     kept = errors(domain, predict_frames(own, params, domain)).total.rmse()
     return {**found, "base_forces": kept["forces"], "base_frames": len(domain)}

@@ -205,7 +205,7 @@ def _build(modules: Any, torch: Any, config: MACEConfig) -> Any:
             _set_constant(getattr(layer, "act", None), config.silu_constant)
     for readout in module.readouts:
         if "non_linearity" in dict(readout.named_children()):
-            _set_constant(readout.non_linearity.acts[0], config.readout_silu_constant)
+            _set_constant(readout.non_linearity.acts[0], config.gate_constant)
     return module
 
 

@@ -140,7 +140,7 @@ def _ours(model: Potential, params: Params, frames: list[ase.Atoms], dtype: str)
     out = jax.jit(lambda params, graph: predict(model, params, graph))(params, batch.graph)
     ends = np.cumsum([len(atoms) for atoms in frames])
     forces = np.split(np.asarray(out.forces, np.float64)[: ends[-1]], ends[:-1])
-    e0s = dict(zip(model.atomic_numbers, model.e0s, strict=True))
+    e0s = dict(zip(model.atomic_numbers, model.e0s[0], strict=True))
     return [
         _Result(
             float(out.energy[g]) + sum(e0s[z] for z in atoms.numbers.tolist()),

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import ase
 import jax
+import numpy as np
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
 from jaxft.bundle import load
-from jaxft.data import Dataset, Shape, prepare, unlabelled
+from jaxft.data import Dataset, Shape, features_of, prepare, unlabelled
 from jaxft.evaluate.predictions import ase_results, cast, predict_batch, working_dtype
 from jaxft.potential import Potential
 from jaxft.typing import Params
@@ -79,7 +80,7 @@ class JaxftCalculator(Calculator):
     ) -> None:
         super().__init__()
         model, params = _loaded(model_or_path, params, dtype)
-        model.require_head(head)
+        self.head = model.heads[model.head_index(head)]
         self.model = model
         self.dtype = working_dtype(params, dtype)
         self._params = cast(params, self.dtype)
@@ -93,6 +94,15 @@ class JaxftCalculator(Calculator):
         the logarithm of the size when atoms are added. Calculators of one potential share programs.
         """
         return len(self._compiled)
+
+    def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; ASE does not look at charge and spin."""
+        changes: list[str] = super().check_state(atoms, tol)
+        if self.model.embeddings and not changes and self.atoms is not None:
+            now, then = features_of(atoms), features_of(self.atoms)
+            if now.keys() != then.keys() or any(np.any(now[k] != then[k]) for k in now):
+                changes.append("initial_charges")
+        return changes
 
     def calculate(
         self,
@@ -108,7 +118,7 @@ class JaxftCalculator(Calculator):
                 f"stress needs a structure that is periodic in three directions; "
                 f"{frame.source} has pbc={frame.pbc}."
             )
-        dataset = prepare([frame], self.model, row_width=ROW_WIDTH)
+        dataset = prepare([frame], self.model, head=self.head, row_width=ROW_WIDTH)
         static = self._static(dataset)
         shape = Shape(n_node=static.n_node, n_row=static.n_row, n_graph=2)
         (result,) = predict_batch(

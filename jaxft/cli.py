@@ -123,7 +123,13 @@ def predict(
     model, params = _load(bundle, dtype, head)
     with Display(console).counter(label="predict") as advance:
         count = predict_file(
-            model, params, structures, output, batch_size=batch_size, progress=advance
+            model,
+            params,
+            structures,
+            output,
+            head=head,
+            batch_size=batch_size,
+            progress=advance,
         )
     console.print(f"wrote {output} ({count} frames)")
 
@@ -189,7 +195,7 @@ def evaluate_errors(
     keys = data.Keys(energy_key, forces_key, stress_key)
     frames = data.without_isolated_atoms(data.read(files, keys=keys))
     data.require_any_label(frames, keys=keys)
-    results = predict_frames(model, params, frames, batch_size=batch_size)
+    results = predict_frames(model, params, frames, head=head, batch_size=batch_size)
     table = errors(frames, results)
     if plot is not None:
         parity_plot(frames, {str(bundle): results}, plot)
@@ -237,7 +243,7 @@ def _load(bundle: Path, dtype: Dtype | None, head: str | None) -> tuple[Any, Any
     from jaxft import bundle as bundles
 
     model, params, _ = bundles.load_numpy(bundle)
-    model.require_head(head)
+    model.head_index(head)
     wanted = dtype.value if dtype else bundles.stored_dtype(params)
     _use(wanted)
     return bundles.load(bundle, dtype=wanted)

@@ -128,6 +128,8 @@ class Config(_Strict):
 
     model: Path
     """Bundle to start from."""
+    head: str | None = None
+    """Of the model, that all data belong to; not needed with one head."""
     output: Path
     """Folder of the run; made, must not exist."""
     train: list[Path] | Path

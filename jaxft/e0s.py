@@ -25,7 +25,9 @@ class Estimate(NamedTuple):
     """RMS of what is left, eV/atom."""
 
 
-def estimate(model: Potential, params: Params, frames: Sequence[Frame]) -> Estimate:
+def estimate(
+    model: Potential, params: Params, frames: Sequence[Frame], *, head: str | None = None
+) -> Estimate:
     r"""Model-aware estimate: the model's E0s plus the smallest change that absorbs its errors.
 
     .. math:: \min_{\Delta E_0} \sum_b (E_b - E^\mathrm{model}_b - n_b \cdot \Delta E_0)^2
@@ -37,6 +39,7 @@ def estimate(model: Potential, params: Params, frames: Sequence[Frame]) -> Estim
     Args:
       model, params: what will be fine-tuned.
       frames: with energies; the others are left out.
+      head: of the model; not needed with one head.
 
     Raises:
       ValueError: no frame has an energy.
@@ -48,11 +51,12 @@ def estimate(model: Potential, params: Params, frames: Sequence[Frame]) -> Estim
         raise ValueError("E0s cannot be estimated: no frame has an energy; give them as numbers.")
     elements = sorted({int(z) for frame in frames for z in frame.atomic_numbers})
     counts = np.array([[(f.atomic_numbers == z).sum() for z in elements] for f in frames], float)
-    predicted = np.array([result.energy for result in predict_frames(model, params, frames)])
+    results = predict_frames(model, params, frames, head=head)
+    predicted = np.array([result.energy for result in results])
     error = np.array([frame.energy for frame in frames]) - predicted
     change, _, rank, _ = np.linalg.lstsq(counts, error, rcond=None)
     left = (error - counts @ change) / counts.sum(axis=1)
-    own = dict(zip(model.atomic_numbers, model.e0s, strict=True))
+    own = dict(zip(model.atomic_numbers, model.e0s[model.head_index(head)], strict=True))
     e0s = {z: float(own[z] + d) for z, d in zip(elements, change, strict=True)}
     return Estimate(e0s, int(rank), float(np.sqrt(np.mean(left**2))))
 

@@ -12,6 +12,7 @@ holds the padding atoms. No mask is needed to keep padding out of a real atom's 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -43,6 +44,10 @@ class Graph(NamedTuple):
     """[N] bool, False for padding."""
     is_graph: Array
     """[G] bool, False for padding."""
+    head: Array
+    """[G] int32, which of the model's heads speaks."""
+    features: Mapping[str, Array]
+    """What the model embeds besides elements: [G] per graph (total charge, …), [N, …] per atom."""
 
     @property
     def n_node(self) -> int:

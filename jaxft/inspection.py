@@ -39,7 +39,7 @@ def facts(model: Potential, params: Params, provenance: Mapping[str, Any]) -> di
         "shift": float(model.constants.shift),
         "e0s": {
             chemical_symbols[z]: float(e0)
-            for z, e0 in zip(config.atomic_numbers, model.e0s, strict=True)
+            for z, e0 in zip(config.atomic_numbers, model.e0s[0], strict=True)
         },
         "parameters": counts | {"total": sum(counts.values())},
         "dtype": np.result_type(*leaves).name,

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.graph import Graph, sum_atoms, sum_rows, sum_senders
-from jaxft.models.config import MACEConfig
+from jaxft.models.config import EmbeddingConfig, MACEConfig
 from jaxft.models.contraction import Coupling, compress
 from jaxft.models.irreps import multiplicities
-from jaxft.models.mace import Constants, ScaleShiftMACE
+from jaxft.models.mace import MACE, Constants
 from jaxft.typing import Array, Params
 
 E0_BUFFER = "atomic_energies_fn/atomic_energies"
@@ -56,24 +56,40 @@ class Potential:
         return self.config.r_max
 
     @property
-    def e0s(self) -> np.ndarray:
-        """[elements] eV, float64."""
-        return np.asarray(self.buffers[E0_BUFFER], np.float64).reshape(-1)
+    def heads(self) -> tuple[str, ...]:
+        """Levels of theory that the model speaks for, at least one."""
+        return self.config.heads
 
-    def require_head(self, head: str | None) -> None:
-        """Raises ValueError unless ``head`` is the model's only head, or None and it has one."""
-        heads = self.config.heads
-        if len(heads) == 1 and head in (None, heads[0]):
-            return
+    @property
+    def embeddings(self) -> tuple[EmbeddingConfig, ...]:
+        """Features of graphs and atoms that the model reads, such as the total charge."""
+        return self.config.embeddings
+
+    @property
+    def e0s(self) -> np.ndarray:
+        """[heads, elements] eV, float64."""
+        table = np.asarray(self.buffers[E0_BUFFER], np.float64)
+        return table.reshape(len(self.heads), len(self.atomic_numbers))
+
+    def head_index(self, head: str | None = None) -> int:
+        """The position of a head; None is the only one.
+
+        Raises:
+          ValueError: there is no such head, or several and none was named.
+        """
+        if head is None and len(self.heads) == 1:
+            return 0
+        if head in self.heads:
+            return self.heads.index(head)
         asked = "no head was named" if head is None else f"head {head!r} was asked for"
         raise ValueError(
-            f"{asked}, but the model's heads are {', '.join(map(repr, heads))};\n"
-            "name one of them (this version of jaxft predicts with models of one head)."
+            f"{asked}, but the model's heads are {', '.join(map(repr, self.heads))};\n"
+            "name one of them."
         )
 
     @property
-    def module(self) -> ScaleShiftMACE:
-        return ScaleShiftMACE(self.config)
+    def module(self) -> MACE:
+        return MACE(self.config)
 
     @functools.cached_property
     def constants(self) -> Constants:
@@ -82,13 +98,33 @@ class Potential:
         def number(path: str) -> np.ndarray:
             return np.asarray(self.buffers[path], np.float64)
 
+        def heads(name: str, default: float) -> np.ndarray:
+            # plain MACE models have neither scale nor shift
+            path = f"scale_shift/{name}"
+            value = number(path) if path in self.buffers else np.asarray(default)
+            return np.broadcast_to(value.reshape(-1), (len(self.heads),))
+
         return Constants(
-            frequencies=number("radial_embedding/bessel_fn/bessel_weights"),
-            prefactor=number("radial_embedding/bessel_fn/prefactor"),
-            scale=number("scale_shift/scale").reshape(()),
-            shift=number("scale_shift/shift").reshape(()),
+            basis=self._numbers("radial_embedding/bessel_fn"),
+            transform=self._numbers("radial_embedding/distance_transform"),
+            repulsion=self._numbers("pair_repulsion_fn"),
+            charges=np.asarray(self.atomic_numbers, np.float64),
+            scale=heads("scale", 1.0),
+            shift=heads("shift", 0.0),
             couplings=tuple(self._couplings(i) for i in range(len(self.config.products))),
         )
+
+    def _numbers(self, module: str) -> dict[str, np.ndarray]:
+        """The buffers of one module; tables over atomic numbers become tables over elements."""
+        found = {}
+        for path, buffer in self.buffers.items():
+            parent, _, name = path.rpartition("/")
+            if parent == module:
+                value = np.asarray(buffer, np.float64)
+                found[name] = (
+                    value[list(self.atomic_numbers)] if name == "covalent_radii" else value
+                )
+        return found
 
     def _couplings(self, layer: int) -> dict[str, Coupling]:
         product = self.config.products[layer]
@@ -101,7 +137,7 @@ class Potential:
 
     def init(self, key: Array, *, dtype: str = "float32") -> Params:
         """Random parameters with torch MACE's initial distributions."""
-        graph = _smallest_graph(self.r_max, dtype)
+        graph = _smallest_graph(self, dtype)
         return self.module.init(key, graph, self._cast(dtype))["params"]
 
     def node_energies(self, params: Params, graph: Graph) -> Array:
@@ -155,9 +191,9 @@ def _compressed(orders: tuple[int, ...], *tensors: _Hashed) -> Coupling:
     return compress(u, components)
 
 
-def _smallest_graph(r_max: float, dtype: str) -> Graph:
+def _smallest_graph(model: Potential, dtype: str) -> Graph:
     return Graph(
-        vectors=jnp.full((1, 1, 3), 0.3 * r_max, dtype),
+        vectors=jnp.full((1, 1, 3), 0.3 * model.r_max, dtype),
         senders=jnp.zeros((1, 1), jnp.int32),
         receivers=jnp.zeros(1, jnp.int32),
         species=jnp.zeros(1, jnp.int32),
@@ -166,4 +202,6 @@ def _smallest_graph(r_max: float, dtype: str) -> Graph:
         volume=jnp.ones(1, dtype),
         is_atom=jnp.ones(1, bool),
         is_graph=jnp.ones(1, bool),
+        head=jnp.zeros(1, jnp.int32),
+        features={e.name: jnp.zeros((1, e.in_dim), dtype) for e in model.embeddings},
     )

@@ -112,6 +112,7 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
 
 def _read(config: Config, console: Console) -> _Inputs:
     base, params = bundle.load(config.model, dtype=config.dtype)
+    base.head_index(config.head)
     recipe = configs.strategies(config)
     console.print(describe(recipe, params).splitlines()[-1], highlight=False)
     keys = Keys(**config.keys.model_dump())
@@ -131,7 +132,7 @@ def _read(config: Config, console: Console) -> _Inputs:
         data.require_any_label(frames, keys=keys)
     console.print(_coverage({"train": fitted[0], "valid": fitted[1], **tests}))
     model = _with_e0s(base, params, config, train, valid, console)
-    training, validation = (data.prepare(frames, model) for frames in fitted)
+    training, validation = (data.prepare(frames, model, head=config.head) for frames in fitted)
     return _Inputs(base, model, params, recipe, training, validation, tests)
 
 
@@ -175,7 +176,10 @@ def _predict_tests(config: Config, inputs: _Inputs, params: Params) -> dict[str,
     """Results on each test set, with the E0s of its level of theory."""
     return {
         name: predict_frames(
-            inputs.base if config.test[name].e0s == "base" else inputs.model, params, frames
+            inputs.base if config.test[name].e0s == "base" else inputs.model,
+            params,
+            frames,
+            head=config.head,
         )
         for name, frames in inputs.tests.items()
     }
@@ -255,7 +259,7 @@ def _with_e0s(
         e0s = data.isolated_atom_energies(train)
         source = f"config_type={data.ISOLATED_ATOM} frames of the training files"
     elif config.e0s == "estimated":
-        found = estimate(base, params, data.without_isolated_atoms(train))
+        found = estimate(base, params, data.without_isolated_atoms(train), head=config.head)
         console.print(explain(found), highlight=False)
         e0s, source = found.e0s, "the estimate"
     else:
@@ -269,13 +273,13 @@ def _with_e0s(
             f"{source};\ngive one per element of the training and validation frames, or "
             "e0s: foundation if they are of the model's own level of theory."
         )
-    model = surgery.set_e0s(base, e0s)
+    model = surgery.set_e0s(base, e0s, head=config.head)
     table = Table(title="isolated-atom energies, eV (others unchanged)", title_justify="left")
     for heading in ("element", "model", "now"):
         table.add_column(heading, justify="right")
     for z in sorted(e0s):
-        index = base.atomic_numbers.index(z)
-        table.add_row(chemical_symbols[z], f"{base.e0s[index]:.4f}", f"{e0s[z]:.4f}")
+        own = base.e0s[base.head_index(config.head), base.atomic_numbers.index(z)]
+        table.add_row(chemical_symbols[z], f"{own:.4f}", f"{e0s[z]:.4f}")
     console.print(table)
     return model
 

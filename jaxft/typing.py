@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,28 @@ LossFn = Callable[[Params, Any], tuple[Array, dict[str, Array]]]
 """``(params, batch) -> scalar loss, {name: scalar}``."""
 
 
+class Feature(Protocol):
+    """A property of graphs or atoms that a model reads besides elements and positions."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def per(self) -> str:
+        """``"graph"`` or ``"atom"``."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """None: any number."""
+
+    @property
+    def offset(self) -> int:
+        """Classes are ``-offset … num_classes - 1 - offset``."""
+
+    @property
+    def in_dim(self) -> int:
+        """Numbers per graph or atom."""
+
+
 class Domain(Protocol):
     """What data preparation must know of a model: which atoms, how far they see, their E0s."""
 
@@ -39,4 +61,11 @@ class Domain(Protocol):
 
     @property
     def e0s(self) -> np.ndarray:
-        """Isolated-atom energies in eV, float64, in the order of ``atomic_numbers``."""
+        """[heads, elements] isolated-atom energies in eV, float64."""
+
+    @property
+    def embeddings(self) -> Sequence[Feature]:
+        """What frames must tell besides elements and positions."""
+
+    def head_index(self, head: str | None = None) -> int:
+        """The position of a head; ValueError if there is none or the choice is open."""

@@ -97,7 +97,7 @@ def labelled(model, params, predictor, unlabelled):
     out = predictor(params, batch.graph)
     frames = []
     for g, frame in enumerate(unlabelled):
-        e0 = sum(model.e0s[model.atomic_numbers.index(z)] for z in frame.atomic_numbers)
+        e0 = sum(model.e0s[0, model.atomic_numbers.index(z)] for z in frame.atomic_numbers)
         atoms = batch.graph.is_atom & (batch.graph.graph_index == g)
         frames.append(
             Frame(

@@ -137,7 +137,7 @@ def test_energies_sum_to_the_energy_and_it_is_the_free_energy(atoms):
 def test_energy_holds_the_isolated_atoms(calc, model):
     lone = ase.Atoms("O", calculator=calc)
     far = ase.Atoms("OO", [[0, 0, 0], [0, 0, 50]], calculator=calc)
-    interaction = lone.get_potential_energy() - model.e0s[model.atomic_numbers.index(8)]
+    interaction = lone.get_potential_energy() - model.e0s[0, model.atomic_numbers.index(8)]
     assert abs(interaction) < 100  # shift and self-connection; E0s of this model are of its size
     assert far.get_potential_energy() == pytest.approx(2 * lone.get_potential_energy(), abs=1e-9)
     np.testing.assert_array_equal(lone.get_forces(), 0)
@@ -148,7 +148,7 @@ def test_e0s_shift_energies_and_nothing_else(tiny):
     atoms = molecule()
     shifted = set_e0s(model, {1: -1e5})
     before, after = JaxftCalculator(model, params), JaxftCalculator(shifted, params)
-    shift = 4 * (-1e5 - model.e0s[model.atomic_numbers.index(1)])
+    shift = 4 * (-1e5 - model.e0s[0, model.atomic_numbers.index(1)])
     assert energy_of(atoms, after) - energy_of(atoms, before) == pytest.approx(shift, abs=1e-8)
     np.testing.assert_allclose(after.results["forces"], before.results["forces"], atol=ROUNDING)
 

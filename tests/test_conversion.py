@@ -189,7 +189,7 @@ def _predicted(model, params, frames, dtype):
     out = jax.jit(functools.partial(predict, model))(params, batch.graph)
     ends = np.cumsum([len(a) for a in frames])
     forces = np.split(np.asarray(out.forces)[: ends[-1]], ends[:-1])
-    e0 = dict(zip(model.atomic_numbers, model.e0s, strict=True))
+    e0 = dict(zip(model.atomic_numbers, model.e0s[0], strict=True))
     return [
         (float(out.energy[g]) + sum(e0[z] for z in atoms.numbers.tolist()), f, out.stress[g])
         for g, (atoms, f) in enumerate(zip(frames, forces, strict=True))

@@ -389,7 +389,7 @@ def test_a_batch_holds_what_the_frames_hold(dataset, frames, model):
             atoms = np.flatnonzero(graph.graph_index == g)
             np.testing.assert_array_equal(table[graph.species[atoms]], frame.atomic_numbers)
             assert batch.n_atoms[g] == len(frame)
-            e0 = sum(model.e0s[model.atomic_numbers.index(z)] for z in frame.atomic_numbers)
+            e0 = sum(model.e0s[0, model.atomic_numbers.index(z)] for z in frame.atomic_numbers)
             assert labels.energy[g] == pytest.approx(frame.energy - e0, abs=1e-9)
             np.testing.assert_array_equal(labels.forces[atoms], frame.forces)
             inside = np.linalg.norm(graph.vectors, axis=-1) < model.r_max

@@ -83,7 +83,7 @@ def test_the_converted_model_says_what_torch_said(evaluate, model):
     keys = ("numbers", "positions", "cell", "pbc")
     found = evaluate([ase.Atoms(**{key: answer[key] for key in keys}) for answer in answers])
     for answer, (energy, forces, stress) in zip(answers, found, strict=True):
-        e0 = sum(model.e0s[model.atomic_numbers.index(z)] for z in answer["numbers"])
+        e0 = sum(model.e0s[0, model.atomic_numbers.index(z)] for z in answer["numbers"])
         assert abs(energy + e0 - answer["energy"]) < EXACT
         np.testing.assert_allclose(forces, answer["forces"], atol=EXACT)
         if answer["stress"] is not None:
@@ -203,7 +203,7 @@ def test_an_isolated_atom_has_its_self_energy_and_no_force(evaluate, model, para
         total = (x @ flat["readouts_0/linear/0e"] / channels**0.5)[0]
         x = x @ flat["interactions_1/skip_tp/0e"][z] / (size * channels) ** 0.5
         hidden = x @ flat["readouts_1/linear_1/0e"] / channels**0.5
-        hidden = model.config.readout_silu_constant * hidden / (1 + np.exp(-hidden))
+        hidden = model.config.gate_constant * hidden / (1 + np.exp(-hidden))
         total += (hidden @ flat["readouts_1/linear_2/0e"] / hidden.size**0.5)[0]
         expected = model.constants.scale * total + model.constants.shift
         assert abs(energy - expected) < EXACT

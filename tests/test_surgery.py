@@ -11,7 +11,7 @@ def test_set_e0s_changes_those_and_nothing_else(model):
     before = model.e0s.copy()
     other = surgery.set_e0s(model, {8: -2000.0, 1: -13.6})
     expected = before.copy()
-    expected[[model.atomic_numbers.index(8), model.atomic_numbers.index(1)]] = -2000.0, -13.6
+    expected[0, [model.atomic_numbers.index(8), model.atomic_numbers.index(1)]] = -2000.0, -13.6
     np.testing.assert_array_equal(other.e0s, expected)
     np.testing.assert_array_equal(model.e0s, before)
     assert other.config == model.config
@@ -20,7 +20,7 @@ def test_set_e0s_changes_those_and_nothing_else(model):
 
 
 def test_new_e0s_move_the_labels_and_not_the_prediction(model, frames):
-    other = surgery.set_e0s(model, {1: model.e0s[0] + 2.5})
+    other = surgery.set_e0s(model, {1: model.e0s[0, 0] + 2.5})
     (old,) = data.epoch(data.prepare(frames, model), 8, dtype="float64")
     (new,) = data.epoch(data.prepare(frames, other), 8, dtype="float64")
     hydrogens = [int((frame.atomic_numbers == 1).sum()) for frame in frames]

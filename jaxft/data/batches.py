@@ -12,7 +12,7 @@ from ase.data import chemical_symbols
 from jaxft.data.frames import Frame
 from jaxft.data.neighbours import Edges, neighbours
 from jaxft.graph import PADDING_DISTANCE, Batch, Graph, Labels, Weights
-from jaxft.typing import Domain
+from jaxft.typing import Domain, Feature
 
 ROW_WIDTHS = (4, 8, 16, 32, 64)
 """Slots per edge row; a dataset uses the one that wastes least."""
@@ -35,6 +35,9 @@ class _Sample(NamedTuple):
     energy: float | None
     forces: np.ndarray | None
     stress: np.ndarray | None
+    head: int
+    features: dict[str, np.ndarray]
+    """[] or [in_dim] per graph, [n, …] per atom."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,8 @@ class Dataset:
     """[S] int32, rows of the model's element table that occur."""
     r_max: float
     row_width: int
+    per_atom: frozenset[str] = frozenset()
+    """Names of the features that belong to atoms, not graphs."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -67,18 +72,28 @@ class Shape(NamedTuple):
     n_graph: int
 
 
-def prepare(frames: Sequence[Frame], model: Domain, *, row_width: int | None = None) -> Dataset:
+def prepare(
+    frames: Sequence[Frame],
+    model: Domain,
+    *,
+    head: str | None = None,
+    row_width: int | None = None,
+) -> Dataset:
     """Build neighbour lists and remove the model's isolated-atom energies from the labels.
 
     Args:
       frames: structures.
-      model: gives the element table, the cutoff and the E0s.
+      model: gives the element table, the cutoff, the E0s and what else it reads of a frame.
+      head: of the model, that these frames belong to; not needed with one head.
       row_width: slots per edge row; by default the one of ``ROW_WIDTHS`` that wastes least.
 
     Raises:
-      ValueError: a frame holds an element that the model does not know, or an impossible geometry.
+      ValueError: a frame holds an element that the model does not know, an impossible geometry, or
+        not the features that the model reads; or the head is unknown.
     """
+    index = model.head_index(head)
     check_elements(frames, model.atomic_numbers)
+    features = [{f.name: _feature(frame, f) for f in model.embeddings} for frame in frames]
     table = np.full(120, -1)
     table[list(model.atomic_numbers)] = np.arange(len(model.atomic_numbers))
     present = np.unique(np.concatenate([f.atomic_numbers for f in frames] or [np.zeros(0, int)]))
@@ -86,11 +101,52 @@ def prepare(frames: Sequence[Frame], model: Domain, *, row_width: int | None = N
     width = row_width or _best_width(
         [np.bincount(e.receivers, minlength=len(f)) for e, f in zip(edges, frames, strict=True)]
     )
-    samples = [
-        _sample(frame, edge, np.searchsorted(present, frame.atomic_numbers), model, table, width)
-        for frame, edge in zip(frames, edges, strict=True)
-    ]
-    return Dataset(frames, samples, table[present].astype(np.int32), model.r_max, width)
+    samples = []
+    for frame, edge, given in zip(frames, edges, features, strict=True):
+        species = np.searchsorted(present, frame.atomic_numbers)
+        e0 = float(model.e0s[index, table[frame.atomic_numbers]].sum())
+        samples.append(_sample(frame, edge, species, e0, index, given, model.r_max, width))
+    per_atom = frozenset(f.name for f in model.embeddings if f.per == "atom")
+    rows = table[present].astype(np.int32)
+    return Dataset(frames, samples, rows, model.r_max, width, per_atom)
+
+
+USUAL = {"total_charge": ("charge", 0), "total_spin": ("spin", 1)}
+"""Other names of features, and what they are where a frame is silent, as for MACECalculator: a
+neutral singlet. All other features must be given."""
+
+
+def _feature(frame: Frame, feature: Feature) -> np.ndarray:
+    """What a frame says of a feature, checked: [], or [n, …]."""
+    name, (alias, default) = feature.name, USUAL.get(feature.name, (feature.name, None))
+    given = {key: frame.features[key] for key in (name, alias) if key in frame.features}
+    values = [np.asarray(value, np.float64) for value in given.values()]
+    if not values and default is None:
+        raise ValueError(
+            f"{frame.source} has no {name!r}, which the model reads; set it in atoms."
+            f"{'info' if feature.per == 'graph' else 'arrays'}[{name!r}]."
+        )
+    value = values[0] if values else np.asarray(default, np.float64)
+    if any(not np.array_equal(value, other) for other in values):
+        raise ValueError(f"{frame.source} says {given}; expected the same under both names.")
+    shape: tuple[int, ...] = () if feature.per == "graph" else (len(frame),)
+    wide = (*shape, feature.in_dim) if feature.in_dim > 1 else shape
+    if value.size != np.prod(wide, dtype=int) or value.shape[: len(shape)] != shape:
+        raise ValueError(
+            f"{frame.source}: {name!r} has shape {value.shape}; expected {wide} "
+            f"(per {'frame' if feature.per == 'graph' else 'atom'})."
+        )
+    value = value.reshape(wide)
+    if feature.num_classes is not None:
+        low, high = -feature.offset, feature.num_classes - 1 - feature.offset
+        if ((value != np.round(value)) | (value < low) | (value > high)).any():
+            raise ValueError(
+                f"{frame.source}: {name!r} is {value}; this model knows whole numbers from "
+                f"{low} to {high}."
+            )
+    elif not np.isfinite(value).all():
+        raise ValueError(f"{frame.source}: {name!r} is {value}; expected finite numbers.")
+    return value
 
 
 def check_elements(frames: Sequence[Frame], known: tuple[int, ...]) -> None:
@@ -116,7 +172,14 @@ def _best_width(degrees: Sequence[np.ndarray]) -> int:
 
 
 def _sample(
-    frame: Frame, edges: Edges, species: np.ndarray, model: Domain, table: np.ndarray, width: int
+    frame: Frame,
+    edges: Edges,
+    species: np.ndarray,
+    e0: float,
+    head: int,
+    features: dict[str, np.ndarray],
+    r_max: float,
+    width: int,
 ) -> _Sample:
     degree = np.bincount(edges.receivers, minlength=len(frame))
     rows_of = -(-degree // width)
@@ -127,21 +190,20 @@ def _sample(
     receivers = np.repeat(np.arange(len(frame)), rows_of)
     senders = np.repeat(receivers[:, None], width, axis=1)
     vectors = np.zeros((len(receivers), width, 3))
-    vectors[..., 0] = PADDING_DISTANCE * model.r_max
+    vectors[..., 0] = PADDING_DISTANCE * r_max
     senders[row, slot] = edges.senders
     vectors[row, slot] = edges.vectors
-    energy = frame.energy
-    if energy is not None:
-        energy -= float(model.e0s[table[frame.atomic_numbers]].sum())
     return _Sample(
         species,
         senders,
         receivers,
         vectors,
         frame.volume if frame.is_periodic else 1.0,
-        energy,
+        None if frame.energy is None else frame.energy - e0,
         frame.forces,
         frame.stress if frame.is_periodic else None,
+        head,
+        features,
     )
 
 
@@ -237,6 +299,15 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
     energy, energy_weight = np.zeros(n_graph), np.zeros(n_graph)
     stress, stress_weight = np.zeros((n_graph, 3, 3)), np.zeros(n_graph)
     frame = np.full(n_graph, -1, np.int32)
+    # padding takes the values of a frame, which are valid ones
+    first = dataset.samples[chosen[0]]
+    head = np.full(n_graph, first.head, np.int32)
+    features = {
+        name: np.resize(value, (n_graph, *value.shape))
+        if name not in dataset.per_atom
+        else np.resize(value[:1], (n_node, *value.shape[1:]))
+        for name, value in first.features.items()
+    }
     node = row = 0
     for g, index in enumerate(chosen):
         sample = dataset.samples[index]
@@ -246,6 +317,9 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
         senders[rows], receivers[rows] = sample.senders + node, sample.receivers + node
         vectors[rows] = sample.vectors
         volume[g], n_atoms[g], frame[g] = sample.volume, len(sample.species), index
+        head[g] = sample.head
+        for name, value in sample.features.items():
+            features[name][atoms if name in dataset.per_atom else g] = value
         if sample.energy is not None:
             energy[g], energy_weight[g] = sample.energy, 1.0
         if sample.forces is not None:
@@ -268,6 +342,8 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
             volume=real(volume),
             is_atom=is_atom,
             is_graph=frame >= 0,
+            head=head,
+            features={name: real(value) for name, value in features.items()},
         ),
         labels=Labels(real(energy), real(forces), real(stress)),
         weights=Weights(real(energy_weight), real(forces_weight), real(stress_weight)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class Frame:
     """[n, 3] eV/Å."""
     stress: np.ndarray | None = None
     """[3, 3] eV/Å³, positive under tension."""
+    features: Mapping[str, object] = field(default_factory=dict)
+    """Other numbers that came with it, by name: ``charge``, ``spin``, … per frame or per atom."""
     config_type: str = "Default"
     source: str = "frame"
     """File and position in it, for messages."""
@@ -135,6 +137,7 @@ def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
         positions=np.array(atoms.positions, np.float64),
         cell=np.array(atoms.cell.array, np.float64),
         pbc=(bool(atoms.pbc[0]), bool(atoms.pbc[1]), bool(atoms.pbc[2])),
+        features=features_of(atoms),
         source=source,
     )
     if not len(frame):
@@ -142,6 +145,24 @@ def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
     if not np.isfinite(frame.positions).all() or not np.isfinite(frame.cell).all():
         raise ValueError(f"{source}: positions or cell are not finite; remove or repair the frame.")
     return frame
+
+
+NOT_FEATURES = frozenset({"numbers", "positions", "forces", "momenta", "masses"})
+
+
+def features_of(atoms: ase.Atoms) -> dict[str, object]:
+    """The numbers in ``info`` and ``arrays`` that a model might read, such as charge and spin."""
+    scalars = {
+        name: value
+        for name, value in atoms.info.items()
+        if isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    }
+    arrays: dict[str, object] = {
+        name: array
+        for name, array in atoms.arrays.items()
+        if name not in NOT_FEATURES and not name.endswith("forces") and array.dtype.kind in "if"
+    }
+    return arrays | scalars
 
 
 def _numbers(value: object, shape: tuple[int, ...], key: str, source: str) -> np.ndarray:

@@ -78,7 +78,7 @@ def predict_batch(
         frame, species = dataset.frames[index], dataset.samples[index].species
         atoms = slice(start, start + len(species))
         start = atoms.stop
-        e0s = model.e0s[dataset.elements[species]]
+        e0s = model.e0s[dataset.samples[index].head, dataset.elements[species]]
         energies = np.asarray(prediction.node_energy[atoms], np.float64) + e0s
         stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
         forces = np.array(prediction.forces[atoms], np.float64)
@@ -91,6 +91,7 @@ def predict_frames(
     params: Params,
     frames: Sequence[Frame],
     *,
+    head: str | None = None,
     batch_size: int = 16,
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -105,20 +106,22 @@ def predict_frames(
       model: the potential.
       params: its parameters, jax or numpy.
       frames: structures; their labels are not looked at.
+      head: of the model; not needed with one head.
       batch_size: largest frames per batch.
       dtype: of the computation; by default as :func:`working_dtype`.
       progress: called with (frames done, frames in total) after every batch.
 
     Raises:
-      ValueError: a frame holds an element that the model does not know or an impossible geometry
-        (before anything is compiled), or float64 is asked for while JAX has it switched off.
+      ValueError: the head is unknown, a frame holds an element that the model does not know or an
+        impossible geometry (before anything is compiled), or float64 is asked for while JAX has it
+        switched off.
     """
     if batch_size < 1:
         raise ValueError(f"batches of {batch_size} frames are not possible; use batch_size >= 1.")
     params = cast(params, working_dtype(params, dtype))
     if not frames:
         return []
-    dataset = prepare(frames, model)
+    dataset = prepare(frames, model, head=head)
     results: dict[int, FrameResult] = {}
     shape, batches = _plan(dataset, batch_size)
     for chosen in batches:
@@ -161,6 +164,7 @@ def predict_file(
     structures: str | Path,
     output: str | Path,
     *,
+    head: str | None = None,
     batch_size: int = 16,
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -174,7 +178,8 @@ def predict_file(
       params: its parameters.
       structures: a file that ASE reads.
       output: the file to write.
-      batch_size: as in :func:`predict_frames`, like the two that follow.
+      head: as in :func:`predict_frames`, like the three that follow.
+      batch_size: largest frames per batch.
       dtype: of the computation.
       progress: called after every batch.
 
@@ -194,7 +199,7 @@ def predict_file(
     images = read_atoms(Path(structures))
     frames = [unlabelled(atoms, source=f"{structures}:{i}") for i, atoms in enumerate(images)]
     results = predict_frames(
-        model, params, frames, batch_size=batch_size, dtype=dtype, progress=progress
+        model, params, frames, head=head, batch_size=batch_size, dtype=dtype, progress=progress
     )
     written = [with_results(a, r) for a, r in zip(images, results, strict=True)]
     scratch = output.with_name(f".{output.name}.part")

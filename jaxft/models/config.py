@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import e3nn_jax as e3nn
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 
 def _checked_irreps(text: str) -> str:
@@ -28,15 +28,77 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class InteractionConfig(_Frozen):
-    """One message-passing block (mace-torch's ``RealAgnosticResidualInteractionBlock``)."""
+class GateConfig(_Frozen):
+    """Gated non-linearity of a non-linear block: silu on scalars, sigmoid on gates."""
 
-    block: Literal["RealAgnosticResidualInteractionBlock"]
+    scalar_constant: float
+    """``cst`` of silu, from the file like all constants here."""
+    gate_constant: float
+    """``cst`` of sigmoid."""
+
+
+Block = Literal[
+    "RealAgnosticInteractionBlock",
+    "RealAgnosticResidualInteractionBlock",
+    "RealAgnosticDensityInteractionBlock",
+    "RealAgnosticDensityResidualInteractionBlock",
+    "RealAgnosticResidualNonLinearInteractionBlock",
+]
+
+
+class InteractionConfig(_Frozen):
+    """One message-passing block, called by its class in mace-torch."""
+
+    block: Block
     node_feats_irreps: IrrepsStr
     target_irreps: IrrepsStr
     hidden_irreps: IrrepsStr
+    """Of the self-connection, in residual blocks."""
     radial_mlp: tuple[Count, ...]
+    """Hidden widths."""
     avg_num_neighbors: float = Field(gt=0)
+    """What non-density blocks divide by."""
+    sender_irreps: IrrepsStr | None = None
+    """Of what enters the tensor product (mace's ``edge_irreps``); None: ``node_feats_irreps``."""
+    density_mlp: tuple[Count, ...] = ()
+    """Hidden widths of the density network."""
+    layer_norm_eps: float = Field(1e-5, gt=0)
+    """Non-linear blocks only."""
+    gate: GateConfig | None = None
+    """Non-linear blocks only."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> InteractionConfig:
+        if self.is_nonlinear != (self.gate is not None):
+            raise ValueError(f"a {self.block} with gate {self.gate}")
+        return self
+
+    @property
+    def is_residual(self) -> bool:
+        """The self-connection comes from the block's input; otherwise there is none."""
+        return "Residual" in self.block
+
+    @property
+    def is_nonlinear(self) -> bool:
+        return "NonLinear" in self.block
+
+    @property
+    def has_density(self) -> bool:
+        """Messages are divided by a learned density instead of an average neighbour count."""
+        return "Density" in self.block or self.is_nonlinear
+
+    @property
+    def sent_irreps(self) -> str:
+        """Of what enters the tensor product."""
+        return self.sender_irreps or self.node_feats_irreps
+
+    @property
+    def gated_irreps(self) -> str:
+        """What enters the gate: scalars and gates together, then the gated irreps."""
+        target = e3nn.Irreps(self.target_irreps)
+        gated = [(mul, ir) for mul, ir in target if ir.l > 0]
+        scalars = sum(mul for mul, _ in target)
+        return str(e3nn.Irreps([(scalars, "0e"), *gated]))
 
 
 class ProductConfig(_Frozen):
@@ -46,6 +108,10 @@ class ProductConfig(_Frozen):
     irreps_out: IrrepsStr
     paths: tuple[tuple[Annotated[int, Field(ge=0, le=1 << 16)], ...], ...]
     """Per output irrep: number of native paths for ν = correlation, correlation - 1, …, 1."""
+    use_sc: bool = True
+    """Add the block's self-connection, where it has one."""
+    is_agnostic: bool = False
+    """One set of weights for all elements."""
 
     @property
     def correlation(self) -> int:
@@ -53,44 +119,90 @@ class ProductConfig(_Frozen):
 
 
 class ReadoutConfig(_Frozen):
-    """``linear``: scalars to energy. ``nonlinear``: one hidden layer of ``hidden_irreps``."""
+    """``linear``: one map. ``nonlinear``: a hidden layer. ``bias``: two of them, with biases."""
 
-    kind: Literal["linear", "nonlinear"]
+    kind: Literal["linear", "nonlinear", "bias"]
     irreps_in: IrrepsStr
     hidden_irreps: IrrepsStr = "0x0e"
+    """Of all heads together, head by head."""
+
+
+class EmbeddingConfig(_Frozen):
+    """A feature of graphs or atoms, such as the total charge, that enters the node features."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+    kind: Literal["categorical", "continuous"]
+    per: Literal["graph", "atom"]
+    emb_dim: Count
+    num_classes: Count | None = None
+    """Categorical features: classes ``-offset … num_classes - 1 - offset``."""
+    offset: Annotated[int, Field(ge=-(1 << 20), le=1 << 20)] = 0
+    in_dim: Count = 1
+    """Continuous features: numbers per atom; 1 per graph."""
+    use_bias: bool = True
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> EmbeddingConfig:
+        if (self.kind == "categorical") != (self.num_classes is not None):
+            raise ValueError(f"the {self.kind} feature {self.name} has {self.num_classes} classes")
+        if self.per == "graph" and self.in_dim != 1:
+            raise ValueError(f"{self.name} has {self.in_dim} numbers per graph; expected one")
+        return self
 
 
 class MACEConfig(_Frozen):
-    """A ``ScaleShiftMACE`` with residual blocks, Bessel basis and polynomial cutoff."""
+    """A ``ScaleShiftMACE``, or a plain ``MACE``, which has neither scale nor shift."""
 
-    family: Literal["ScaleShiftMACE"] = "ScaleShiftMACE"
+    family: Literal["ScaleShiftMACE", "MACE"] = "ScaleShiftMACE"
     atomic_numbers: tuple[Annotated[int, Field(ge=1, le=118)], ...]
     heads: tuple[str, ...]
     r_max: float = Field(gt=0, le=100.0)
     num_bessel: Count
+    """Number of radial functions, of whatever kind."""
     cutoff_power: Annotated[int, Field(ge=1, le=64)]
+    radial_type: Literal["bessel", "gaussian", "chebyshev"] = "bessel"
+    gaussian_coefficient: float | None = None
+    """1/Å², of a Gaussian basis."""
+    distance_transform: Literal["None", "Agnesi", "Soft", "Soft 0.3.6"] = "None"
+    """``Soft 0.3.6`` is another function, which mace-torch called Soft until 0.3.9."""
+    apply_cutoff: bool = True
+    """The cutoff multiplies the radial functions; otherwise the radial network's output."""
+    pair_repulsion: bool = False
+    """Ziegler-Biersack-Littmark repulsion at short distances."""
+    repulsion_power: Annotated[int, Field(ge=1, le=64)] = 6
+    """Of the repulsion's cutoff."""
     edge_irreps: IrrepsStr
     """Spherical harmonics of the edges, e.g. ``1x0e+1x1o+1x2e+1x3o``."""
     interactions: tuple[InteractionConfig, ...]
     products: tuple[ProductConfig, ...]
     readouts: tuple[ReadoutConfig, ...]
-    gate: Literal["silu"] = "silu"
+    """One per layer, or one, of the last layer."""
+    embeddings: tuple[EmbeddingConfig, ...] = ()
+    embedding_readout: bool = False
+    gate: Literal["silu", "tanh", "abs", "None"] = "silu"
+    """Of the non-linear readout."""
     silu_constant: float
     """``cst`` of the radial networks' silu: the file's own, not recomputed (0.16 % apart)."""
-    readout_silu_constant: float
-    """``cst`` of the non-linear readout's silu."""
+    gate_constant: float = Field(
+        validation_alias=AliasChoices("gate_constant", "readout_silu_constant")
+    )
+    """``cst`` of the non-linear readout's gate."""
     mace_attributes: dict[str, bool | str | None] = Field(default_factory=dict)
     """Constructor flags that only an export back to torch needs."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> MACEConfig:
-        layers = {len(self.interactions), len(self.products), len(self.readouts)}
+        layers = {len(self.interactions), len(self.products)}
         if len(layers) != 1 or 0 in layers:
-            raise ValueError(f"interactions, products and readouts have {layers} layers")
+            raise ValueError(f"interactions and products have {layers} layers")
+        if len(self.readouts) not in (1, len(self.products)):
+            raise ValueError(f"{len(self.readouts)} readouts for {len(self.products)} layers")
         if not self.atomic_numbers or len(set(self.atomic_numbers)) != len(self.atomic_numbers):
             raise ValueError("atomic_numbers must hold each element once")
-        if not self.heads:
-            raise ValueError("heads is empty")
+        if not self.heads or len(set(self.heads)) != len(self.heads):
+            raise ValueError("heads must be distinct names, at least one")
+        if (self.radial_type == "gaussian") != (self.gaussian_coefficient is not None):
+            raise ValueError(f"a {self.radial_type} basis with {self.gaussian_coefficient=}")
         for product in self.products:
             if len(product.paths) != len(e3nn.Irreps(product.irreps_out)) or not product.paths[0]:
                 raise ValueError("a product needs one list of path counts per output irrep")

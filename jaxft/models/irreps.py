@@ -52,16 +52,35 @@ def tensor_product_paths(node_irreps: str, edge_irreps: str, target_irreps: str)
                 if str(out) in target:
                     path = Path(str(node), str(edge), str(out), _coupling(node, edge, out))
                     found.append((out, path))
-    # e3nn orders 0o before 0e, 1e before 1o: by l, then by -p * (-1)^l; natural parity sorts by l.
-    found.sort(key=lambda item: (item[0].l, item[0].p * (-1) ** item[0].l))
+    found.sort(key=lambda item: (item[0].l, item[0].p))  # e3nn 0.4: 0o before 0e, 1o before 1e
     return [path for _, path in found]
 
 
+OPPOSITE = frozenset(
+    {(1, 2, 2), (1, 3, 3), (1, 4, 4), (2, 1, 2), (2, 2, 1), (3, 1, 3), (3, 3, 1), (4, 1, 4)}
+    | {(4, 4, 1)}
+)
+"""Degrees whose coupling has the other sign in e3nn-jax than in e3nn 0.4.4, which MACE needs;
+the rest of l <= 4 agrees. Only products with an odd sum of degrees can differ."""
+
+
 def _coupling(node: e3nn.Irrep, edge: e3nn.Irrep, out: e3nn.Irrep) -> np.ndarray:
-    cg = np.asarray(e3nn.clebsch_gordan(node.l, edge.l, out.l), dtype=np.float64)
-    return cg / np.linalg.norm(cg) * np.sqrt(2 * out.l + 1)
+    degrees = (node.l, edge.l, out.l)
+    if sum(degrees) % 2 and max(degrees) > 4:
+        raise ValueError(
+            f"the product {node} x {edge} -> {out} is not supported: the sign of its coupling is "
+            "known for degrees up to 4."
+        )
+    cg = np.asarray(e3nn.clebsch_gordan(*degrees), dtype=np.float64)
+    sign = -1.0 if degrees in OPPOSITE else 1.0
+    return sign * cg / np.linalg.norm(cg) * np.sqrt(2 * out.l + 1)
 
 
 def concatenate(features: Features, irreps: str) -> Array:
-    """``[..., lm, mul]``: the blocks of ``irreps`` one after the other."""
-    return jnp.concatenate([features[name] for name in multiplicities(irreps)], axis=-2)
+    """``[..., lm, mul]``: the blocks of ``irreps`` one after the other; absent ones are zeros."""
+    some = next(iter(features.values()))
+    blocks = []
+    for mul, ir in e3nn.Irreps(irreps):
+        shape = (*some.shape[:-2], ir.dim, mul)
+        blocks.append(features.get(str(ir), jnp.zeros_like(some, shape=shape)))
+    return jnp.concatenate(blocks, axis=-2)

@@ -1,8 +1,10 @@
-"""ScaleShiftMACE with residual interaction blocks, as flax modules on plain parameter trees.
+"""MACE, as flax modules on plain parameter trees.
 
 Module and parameter names are mace-torch's (``interactions_0/linear_up/1o``); parameters are
 torch's own, unscaled numbers, one leaf per irrep with the matrix in the last two axes. Path
 normalisations are applied here. Node features are ``{irrep: [N, 2l + 1, C]}``.
+
+Letters in shapes are those of :mod:`jaxft.graph`, and H heads.
 
 Reference: Batatia et al., NeurIPS 2022 (arXiv:2206.07697); block semantics after mace-torch.
 """
@@ -17,34 +19,63 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.graph import Graph
-from jaxft.models.config import InteractionConfig, MACEConfig, ProductConfig, ReadoutConfig
+from jaxft.graph import Graph, sum_rows
+from jaxft.models import radial
+from jaxft.models.config import (
+    EmbeddingConfig,
+    InteractionConfig,
+    MACEConfig,
+    ProductConfig,
+    ReadoutConfig,
+)
 from jaxft.models.contraction import Coupling, SymmetricContraction
 from jaxft.models.conv import convolve
 from jaxft.models.irreps import Features, concatenate, multiplicities, tensor_product_paths
-from jaxft.models.radial import RadialMLP, bessel, polynomial_cutoff
+from jaxft.models.radial import Affine, EdgeMLP, RadialMLP
 from jaxft.typing import Array
+
+GATES = {"silu": jax.nn.silu, "tanh": jnp.tanh, "abs": jnp.abs, "None": lambda x: x}
 
 
 class Constants(NamedTuple):
     """Numbers of the model that are never trained; all from the model file."""
 
-    frequencies: Array
-    """[n] Bessel frequencies, 1/Å."""
-    prefactor: Array
-    """[] Bessel prefactor."""
+    basis: Mapping[str, Array]
+    """Of the radial functions: ``bessel_weights`` [n] 1/Å and ``prefactor``, or
+    ``gaussian_weights`` [n] Å, or none."""
+    transform: Mapping[str, Array]
+    """Of the distance transform, if there is one; ``covalent_radii`` [elements] Å among them."""
+    repulsion: Mapping[str, Array]
+    """Of the pair repulsion, likewise."""
+    charges: Array
+    """[elements] atomic numbers."""
     scale: Array
-    """[] eV."""
+    """[H] eV."""
     shift: Array
-    """[] eV per atom."""
+    """[H] eV per atom."""
     couplings: tuple[Mapping[str, Coupling], ...]
     """One mapping {output irrep: coupling} per product block."""
+
+
+class Edges(NamedTuple):
+    """What the edges tell every layer. K slots in each of R rows."""
+
+    harmonics: Features
+    """{irrep: [R, K, 2l + 1]}."""
+    basis: Array
+    """[R, K, n]."""
+    factor: Array
+    """[R, K], on messages whose radial weights do not vanish at the cutoff by themselves."""
+    elements: tuple[Array, Array]
+    """One-hot elements of senders [R, K, S] and receivers [R, S]."""
 
 
 class Linear(nn.Module):
     """Mixes channels of equal irrep: e3nn's ``o3.Linear`` with 1/sqrt(fan-in) normalisation."""
 
     irreps_out: str
+    has_bias: bool = False
+    """On scalars."""
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
@@ -54,6 +85,8 @@ class Linear(nn.Module):
                 fan_in = x[name].shape[-1]
                 weight = self.param(name, nn.initializers.normal(1.0), (fan_in, mul))
                 out[name] = x[name] @ (weight / jnp.sqrt(1.0 * fan_in))
+        if self.has_bias:
+            out["0e"] += self.param("bias", nn.initializers.zeros, out["0e"].shape[-1:])
         return out
 
 
@@ -64,8 +97,8 @@ class ElementLinear(nn.Module):
     num_elements: int
 
     @nn.compact
-    def __call__(self, x: Features, elements: Array) -> Features:
-        """{irrep: [A, 2l + 1, C]} -> {irrep: [S, A, 2l + 1, C']}, the map of every element."""
+    def __call__(self, x: Features, elements: Array, one_hot: Array) -> Features:
+        """{irrep: [N, 2l + 1, C]}, [S] rows of the element table, [N, S] -> [N, 2l + 1, C']."""
         out = {}
         for name, mul in multiplicities(self.irreps_out).items():
             if name in x:
@@ -73,41 +106,124 @@ class ElementLinear(nn.Module):
                 shape = (self.num_elements, fan_in, mul)
                 weight = self.param(name, nn.initializers.normal(1.0), shape)
                 weight = weight[elements] / jnp.sqrt(1.0 * fan_in * self.num_elements)
-                out[name] = jnp.einsum("ami,sio->samo", x[name], weight)
+                maps = jnp.einsum("nmi,sio->snmo", x[name], weight)
+                out[name] = jnp.einsum("ns,snmo->nmo", one_hot, maps)
         return out
 
 
+class ElementTable(nn.Module):
+    """Scalars of each element: e3nn's ``o3.Linear`` on one-hot elements."""
+
+    mul: int
+    num_elements: int
+
+    @nn.compact
+    def __call__(self, elements: Array) -> Array:
+        """[S] rows of the element table -> [S, mul]."""
+        table = self.param("0e", nn.initializers.normal(1.0), (self.num_elements, self.mul))
+        return table[elements] / jnp.sqrt(1.0 * self.num_elements)
+
+
 class Interaction(nn.Module):
-    """Residual block: the message, and the self-connection taken from the block's input."""
+    """All blocks but the non-linear one: the message, and the self-connection."""
 
     config: InteractionConfig
-    edge_irreps: str
-    num_elements: int
-    silu_constant: float
+    model: MACEConfig
 
     @nn.compact
     def __call__(
-        self, x: Features, harmonics: Features, basis: Array, graph: Graph, one_hot: Array
-    ) -> tuple[Array, Features]:
-        """Features of the atoms -> message [N, lm, C], self-connection."""
-        config = self.config
-        skip = ElementLinear(config.hidden_irreps, self.num_elements, name="skip_tp")
-        connected = {
-            name: jnp.einsum("ns,snmo->nmo", one_hot, block)
-            for name, block in skip(x, graph.elements).items()
-        }
-        sent = Linear(config.node_feats_irreps, name="linear_up")(x)
+        self, x: Features, edges: Edges, graph: Graph, one_hot: Array
+    ) -> tuple[Features, Features]:
+        """Features of the atoms -> message by irrep, self-connection (of residual blocks)."""
+        config, num_elements = self.config, self.model.num_elements
+        skipped = config.hidden_irreps if config.is_residual else config.target_irreps
+        skip = ElementLinear(skipped, num_elements, name="skip_tp")
+        connected = skip(x, graph.elements, one_hot) if config.is_residual else {}
+        sent = Linear(config.sent_irreps, name="linear_up")(x)
         paths = tensor_product_paths(
-            config.node_feats_irreps, self.edge_irreps, config.target_irreps
+            config.sent_irreps, self.model.edge_irreps, config.target_irreps
         )
         channels = next(iter(sent.values())).shape[-1]
-        radial = RadialMLP(
-            config.radial_mlp, len(paths) * channels, self.silu_constant, name="conv_tp_weights"
-        )(basis)
-        message = convolve(sent, harmonics, radial, paths, graph)
+        constant = self.model.silu_constant
+        network = RadialMLP(
+            config.radial_mlp, len(paths) * channels, constant, name="conv_tp_weights"
+        )
+        hidden, matrix = network(edges.basis)
+        if not self.model.apply_cutoff:
+            hidden = hidden * edges.factor[..., None]
+        message = convolve(sent, edges.harmonics, (hidden, matrix), paths, graph)
         message = Linear(config.target_irreps, name="linear")(message)
-        message = {name: block / config.avg_num_neighbors for name, block in message.items()}
-        return concatenate(message, config.target_irreps), connected
+        if config.has_density:
+            x_last, column = RadialMLP((), 1, constant, name="density_fn")(edges.basis)
+            divisor = _density(x_last @ column, edges, graph, self.model.apply_cutoff) + 1.0
+        else:
+            divisor = config.avg_num_neighbors
+        message = {name: block / divisor for name, block in message.items()}
+        if not config.is_residual:
+            message = skip(message, graph.elements, one_hot)
+        return message, connected
+
+
+def _density(values: Array, edges: Edges, graph: Graph, vanishes: bool) -> Array:
+    """Σ tanh(values²) over the edges of each atom: [R, K, 1] -> [N, 1, 1]."""
+    density = jnp.tanh(values[..., 0] ** 2)
+    if not vanishes:
+        density = density * edges.factor
+    return sum_rows(density.sum(axis=1), graph)[:, None, None]
+
+
+class NonLinearInteraction(nn.Module):
+    """``RealAgnosticResidualNonLinearInteractionBlock``: edges see elements; gated messages."""
+
+    config: InteractionConfig
+    model: MACEConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Features, edges: Edges, graph: Graph, one_hot: Array
+    ) -> tuple[Features, Features]:
+        """As :class:`Interaction`."""
+        config, num_elements = self.config, self.model.num_elements
+        connected = Linear(config.hidden_irreps, name="skip_tp")(x)
+        sent = Linear(config.sent_irreps, name="linear_up")(x)
+        residual = Linear(config.gated_irreps, name="linear_res")(sent)
+        paths = tensor_product_paths(
+            config.sent_irreps, self.model.edge_irreps, config.target_irreps
+        )
+        channels = next(iter(sent.values())).shape[-1]
+        mul = multiplicities(config.node_feats_irreps)["0e"]
+        source = ElementTable(mul, num_elements, name="source_embedding")(graph.elements)
+        target = ElementTable(mul, num_elements, name="target_embedding")(graph.elements)
+        eps = config.layer_norm_eps
+        network = EdgeMLP(config.radial_mlp, len(paths) * channels, eps, name="conv_tp_weights")
+        hidden, matrix = network(edges.basis, source, target, edges.elements)
+        hidden = hidden * edges.factor[..., None]
+        counts = EdgeMLP(config.density_mlp, 1, eps, name="density_fn")
+        last, column = counts(edges.basis, source, target, edges.elements)
+        density = _density(last @ column, edges, graph, vanishes=False)
+        alpha = self.param("alpha", nn.initializers.constant(20.0), ())
+        beta = self.param("beta", nn.initializers.zeros, ())
+        message = convolve(sent, edges.harmonics, (hidden, matrix), paths, graph)
+        message = Linear(config.gated_irreps, name="linear_1")(message)
+        message = {
+            name: block / (density * beta + alpha) + residual.get(name, 0.0)
+            for name, block in message.items()
+        }
+        message = Linear(config.target_irreps, name="linear_2")(self._gated(message))
+        return message, connected
+
+    def _gated(self, x: Features) -> Features:
+        config = self.config
+        assert config.gate is not None
+        target = multiplicities(config.target_irreps)
+        start = target["0e"]
+        out = {"0e": config.gate.scalar_constant * jax.nn.silu(x["0e"][..., :start])}
+        for name, mul in list(target.items())[1:]:
+            gates = jax.nn.sigmoid(x["0e"][..., start : start + mul])
+            start += mul
+            if name in x:
+                out[name] = x[name] * (config.gate.gate_constant * gates)
+        return out
 
 
 class Product(nn.Module):
@@ -126,31 +242,98 @@ class Product(nn.Module):
         couplings: Mapping[str, Coupling],
     ) -> Features:
         config = self.config
+        elements, num_elements = graph.elements, self.num_elements
+        if config.is_agnostic:
+            elements, num_elements = jnp.zeros_like(elements[:1]), 1
+            one_hot = jnp.ones_like(one_hot[:, :1])
         contract = SymmetricContraction(
-            config.irreps_out, config.paths, self.num_elements, name="symmetric_contractions"
+            config.irreps_out, config.paths, num_elements, name="symmetric_contractions"
         )
-        x = contract(message, graph.elements, one_hot, couplings)
+        x = contract(message, elements, one_hot, couplings)
         x = Linear(config.irreps_out, name="linear")(x)
+        if not config.use_sc:
+            return x
         return {name: x[name] + connected[name] if name in connected else x[name] for name in x}
 
 
 class Readout(nn.Module):
-    """Scalars of one layer to an energy per atom."""
+    """Scalars of one layer to an energy per atom and head."""
 
     config: ReadoutConfig
-    silu_constant: float
+    model: MACEConfig
 
     @nn.compact
-    def __call__(self, x: Features) -> Array:
-        """-> [N], before scale and shift."""
+    def __call__(self, x: Features, heads: Array) -> Array:
+        """Features, one-hot heads [N, H] -> [N, H], before scale and shift.
+
+        Only the column of an atom's own head means anything.
+        """
+        num_heads = heads.shape[-1]
+        out = f"{num_heads}x0e"
         if self.config.kind == "linear":
-            return Linear("1x0e", name="linear")(x)["0e"][:, 0, 0]
-        hidden = Linear(self.config.hidden_irreps, name="linear_1")(x)["0e"]
-        hidden = self.silu_constant * jax.nn.silu(hidden)
-        return Linear("1x0e", name="linear_2")({"0e": hidden})["0e"][:, 0, 0]
+            return Linear(out, name="linear")(x)["0e"][:, 0]
+        hidden = self.config.hidden_irreps
+        width = multiplicities(hidden)["0e"] // num_heads
+        mask = jnp.repeat(heads, width, axis=-1)[:, None, :]
+
+        def activate(x: Features) -> Features:
+            y = self.model.gate_constant * GATES[self.model.gate](x["0e"])
+            return {"0e": y if num_heads == 1 else y * mask}
+
+        x = activate(Linear(hidden, name="linear_1")(x))
+        has_bias = self.config.kind == "bias"
+        if has_bias:
+            x = activate(Linear(hidden, has_bias=True, name="linear_mid")(x))
+        return Linear(out, has_bias=has_bias, name="linear_2")(x)["0e"][:, 0]
 
 
-class ScaleShiftMACE(nn.Module):
+class JointEmbedding(nn.Module):
+    """Features of graphs and atoms, such as total charge and spin, as scalars of the atoms."""
+
+    config: tuple[EmbeddingConfig, ...]
+    mul: int
+
+    @nn.compact
+    def __call__(self, graph: Graph) -> Array:
+        """-> [N, mul]."""
+        found = []
+        for spec in self.config:
+            given = graph.features[spec.name]
+            embedder = Embedder(spec, name=f"embedders_{spec.name}")
+            rows = embedder(given)
+            found.append(rows[graph.graph_index] if spec.per == "graph" else rows)
+        x = jnp.concatenate(found, axis=-1)
+        limit = x.shape[-1] ** -0.5
+
+        def uniform(key: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+        return jax.nn.silu(x @ self.param("project", uniform, (x.shape[-1], self.mul)))
+
+
+class Embedder(nn.Module):
+    """One feature: a row of a table, or a small network."""
+
+    config: EmbeddingConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[M] (or [M, in_dim]) -> [M, emb_dim]."""
+        config = self.config
+        if config.kind == "categorical":
+            shape = (config.num_classes, config.emb_dim)
+            table = self.param("weight", nn.initializers.normal(1.0), shape)
+            return table[x.reshape(x.shape[0]).astype(jnp.int32) + config.offset]
+        x = x.reshape(x.shape[0], config.in_dim)
+        for i, width in enumerate((config.in_dim, config.emb_dim)):
+            affine = Affine(width, config.emb_dim, config.use_bias, name=f"net_{2 * i}")
+            weight, bias = affine()
+            x = x @ weight + bias
+            x = jax.nn.silu(x) if i == 0 else x
+        return x
+
+
+class MACE(nn.Module):
     """Interaction energy per atom."""
 
     config: MACEConfig
@@ -160,56 +343,103 @@ class ScaleShiftMACE(nn.Module):
         """-> [N] eV: everything but the isolated-atom energies; padding atoms hold the shift."""
         config = self.config
         one_hot = jax.nn.one_hot(graph.species, graph.elements.shape[0], dtype=graph.vectors.dtype)
+        head = graph.head[graph.graph_index]
+        heads = jax.nn.one_hot(head, len(config.heads), dtype=graph.vectors.dtype)
         r = jnp.linalg.norm(graph.vectors, axis=-1)
-        cutoff = polynomial_cutoff(r, config.r_max, config.cutoff_power)
-        basis = bessel(r, constants.frequencies, constants.prefactor) * cutoff[..., None]
-        harmonics = _harmonics(config.edge_irreps, graph.vectors / r[..., None])
+        edges = _edges(config, r, graph, one_hot, constants)
 
-        scalars = config.interactions[0].node_feats_irreps
-        embedding = NodeEmbedding(scalars, config.num_elements, name="node_embedding")
-        x = {"0e": (one_hot @ embedding(graph.elements))[:, None, :]}
-        energy = jnp.zeros_like(graph.vectors, shape=(graph.n_node,))
-        for i, interaction in enumerate(config.interactions):
-            message, connected = Interaction(
-                interaction,
-                config.edge_irreps,
-                config.num_elements,
-                config.silu_constant,
-                name=f"interactions_{i}",
-            )(x, harmonics, basis, graph, one_hot)
-            x = Product(config.products[i], config.num_elements, name=f"products_{i}")(
-                message, connected, graph, one_hot, constants.couplings[i]
+        mul = multiplicities(config.interactions[0].node_feats_irreps)["0e"]
+        embedding = NodeEmbedding(mul, config.num_elements, name="node_embedding")
+        scalars = one_hot @ embedding(graph.elements)
+        outside = jnp.zeros_like(r, shape=(graph.n_node,))
+        if config.embeddings:
+            joint = JointEmbedding(config.embeddings, mul, name="joint_embedding")
+            scalars = scalars + joint(graph)
+        x = {"0e": scalars[:, None, :]}
+        if config.embedding_readout:
+            linear = ReadoutConfig(kind="linear", irreps_in=f"{mul}x0e")
+            values = Readout(linear, config, name="embedding_readout")(x, heads)
+            outside = outside + (values * heads).sum(axis=-1)
+        energy = jnp.zeros_like(outside)
+        if config.pair_repulsion:
+            energy = energy + _repulsion(config, r, graph, constants)
+        for i, block in enumerate(config.interactions):
+            interaction = NonLinearInteraction if block.is_nonlinear else Interaction
+            message, connected = interaction(block, config, name=f"interactions_{i}")(
+                x, edges, graph, one_hot
             )
-            readout = Readout(
-                config.readouts[i], config.readout_silu_constant, name=f"readouts_{i}"
-            )
-            energy = energy + readout(x)
-        return constants.scale * energy + constants.shift
+            product = Product(config.products[i], config.num_elements, name=f"products_{i}")
+            packed = concatenate(message, config.products[i].irreps_in)
+            x = product(packed, connected, graph, one_hot, constants.couplings[i])
+            # a single readout belongs to the last layer
+            j = i - len(config.interactions) + len(config.readouts)
+            if j >= 0:
+                readout = Readout(config.readouts[j], config, name=f"readouts_{j}")
+                energy = energy + (readout(x, heads) * heads).sum(axis=-1)
+        return outside + constants.scale[head] * energy + constants.shift[head]
 
 
 class NodeEmbedding(nn.Module):
     """Scalar features of each element."""
 
-    irreps_out: str
+    mul: int
     num_elements: int
 
     @nn.compact
     def __call__(self, elements: Array) -> Array:
         """[S] rows of the element table -> [S, C]."""
-        (mul,) = multiplicities(self.irreps_out).values()
-        table = ElementTable(mul, self.num_elements, name="linear")()
-        return table[elements] / jnp.sqrt(1.0 * self.num_elements)
+        return ElementTable(self.mul, self.num_elements, name="linear")(elements)
 
 
-class ElementTable(nn.Module):
-    """One row per element."""
+def _edges(
+    config: MACEConfig, r: Array, graph: Graph, one_hot: Array, constants: Constants
+) -> Edges:
+    cutoff = radial.polynomial_cutoff(r, config.r_max, config.cutoff_power)
+    # Padding edges lie beyond the cutoff, where steep radial functions could overflow.
+    x = jnp.minimum(r, config.r_max)
+    if config.distance_transform != "None":
+        x = _transformed(config, x, graph, constants.transform)
+    numbers = constants.basis
+    if config.radial_type == "bessel":
+        basis = radial.bessel(x, numbers["bessel_weights"], numbers["prefactor"])
+    elif config.radial_type == "gaussian":
+        assert config.gaussian_coefficient is not None
+        basis = radial.gaussian(x, numbers["gaussian_weights"], config.gaussian_coefficient)
+    else:
+        basis = radial.chebyshev(x, config.num_bessel)
+    if config.apply_cutoff:
+        basis, factor = basis * cutoff[..., None], (r < config.r_max).astype(r.dtype)
+    else:
+        factor = cutoff
+    harmonics = _harmonics(config.edge_irreps, graph.vectors / r[..., None])
+    return Edges(harmonics, basis, factor, (one_hot[graph.senders], one_hot[graph.receivers]))
 
-    mul: int
-    num_elements: int
 
-    @nn.compact
-    def __call__(self) -> Array:
-        return self.param("0e", nn.initializers.normal(1.0), (self.num_elements, self.mul))
+def _transformed(config: MACEConfig, r: Array, graph: Graph, numbers: Mapping[str, Array]) -> Array:
+    radii = _pair_radii(graph, numbers)
+    if config.distance_transform == "Agnesi":
+        return radial.agnesi(r, radii, numbers["a"], numbers["q"], numbers["p"])
+    if config.distance_transform == "Soft":
+        return radial.soft(r, radii, numbers["alpha"])
+    return radial.soft_0_3_6(r, radii, numbers["a"], numbers["b"])
+
+
+def _pair_radii(graph: Graph, numbers: Mapping[str, Array]) -> Array:
+    """[R, K] Å, sums of covalent radii."""
+    radii = numbers["covalent_radii"][graph.elements][graph.species]
+    return radii[graph.senders] + radii[graph.receivers][:, None]
+
+
+def _repulsion(config: MACEConfig, r: Array, graph: Graph, constants: Constants) -> Array:
+    """[N] eV."""
+    charges = constants.charges[graph.elements][graph.species]
+    pair = charges[graph.senders], charges[graph.receivers][:, None]
+    numbers = constants.repulsion
+    radii = _pair_radii(graph, numbers)
+    values = radial.zbl(r, pair, radii, config.repulsion_power, numbers)
+    # torch sees no pair beyond the model's cutoff, where padding lies
+    values = jnp.where(r < config.r_max, values, 0.0)
+    return sum_rows(values.sum(axis=1), graph)
 
 
 def _harmonics(irreps: str, directions: Array) -> Features:

@@ -69,7 +69,7 @@ def deviations(module, model, params, dtype):
     params = jax.tree.map(functools.partial(jnp.asarray, dtype=dtype), params)
     ours = jax.jit(functools.partial(predict, model))(params, batch.graph)
     ours = jax.tree.map(lambda x: np.asarray(x, np.float64), ours)
-    e0 = dict(zip(model.atomic_numbers, model.e0s, strict=True))
+    e0 = dict(zip(model.atomic_numbers, model.e0s[0], strict=True))
     found, start = {}, 0
     for g, (name, frame) in enumerate(frames.items()):
         n = len(frame)
