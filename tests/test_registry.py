@@ -23,6 +23,7 @@ from converters.download import FetchError
 from converters.registry import LicenceError
 
 BODY = b"PK\x03\x04" + random.Random(0).randbytes(1_500_000)
+LATER = b"PK\x03\x04" + random.Random(2).randbytes(1_500_000)  # another file of BODY's length
 OTHER = b"PK\x03\x04" + random.Random(1).randbytes(1_400_000)
 DIGEST = hashlib.sha256(BODY).hexdigest()
 FILE = "toy-model.model"
@@ -42,6 +43,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.heed_if_range = True
         self.say_length = True
+        self.misplaced = False  # call the whole body a part
         self.headers = {"Content-Type": "application/octet-stream"}
         self.redirects = {}
         self.statuses = []  # of the next answers; then 200
@@ -89,7 +91,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Content-Length"] = str(len(body) - start)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(206 if start else 200, headers)
+        if start and server.misplaced:
+            start = 0
+            headers["Content-Length"] = str(len(body))
+            headers["Content-Range"] = f"bytes 0-{len(body) - 1}/{len(body)}"
+            self.answer(206, headers)
+        else:
+            self.answer(206 if start else 200, headers)
         stop = start + server.cuts.pop(0) if server.cuts else len(body)
         for at in range(start, min(stop, len(body)), 50_000):
             block = body[at : min(at + 50_000, stop)]
@@ -381,7 +389,7 @@ def test_a_server_without_ranges_starts_again(cache, server):
 
 
 @pytest.mark.parametrize("heed", [True, False])
-@pytest.mark.parametrize("body", [OTHER, OTHER[: SPAN // 2], BODY[:1000] + OTHER])
+@pytest.mark.parametrize("body", [LATER, OTHER, OTHER[: SPAN // 2], LATER + OTHER])
 def test_parts_of_two_versions_are_never_joined(heed, body, cache, server, publish):
     server.cuts = [SPAN] + 3 * [0]
     with pytest.raises(FetchError):
@@ -389,6 +397,24 @@ def test_parts_of_two_versions_are_never_joined(heed, body, cache, server, publi
     server.body, server.etag, server.heed_if_range = body, '"two"', heed
     publish(sha256=hashlib.sha256(body).hexdigest())
     assert registry.fetch("toy-model").read_bytes() == body
+
+
+def test_a_part_that_begins_elsewhere_is_not_appended(cache, server):
+    server.misplaced = True
+    server.cuts = [SPAN]
+    assert registry.fetch("toy-model").read_bytes() == BODY
+    assert "Range" not in server.requests[2]
+
+
+def test_another_length_is_another_file(cache, server, publish):
+    server.etag = None
+    server.cuts = [SPAN] + 3 * [0]
+    with pytest.raises(FetchError):
+        registry.fetch("toy-model")
+    server.body = OTHER
+    publish(sha256=hashlib.sha256(OTHER).hexdigest())
+    registry.fetch("toy-model")
+    assert ["Range" in request for request in server.requests[4:]] == [True, False]
 
 
 def test_a_part_of_unknown_origin_is_not_continued(cache, server, publish):
@@ -476,7 +502,8 @@ def test_a_stalled_server_ends_in_an_error(cache, server):
         registry.fetch("toy-model", timeout=0.2)
     assert time.monotonic() - start < 5
     server.stall.set()
-    assert server.sent == 2 * SPAN  # every attempt went on where the one before stopped
+    assert server.sent == 2 * SPAN
+    assert (cache / f"{FILE}.part").stat().st_size == 2 * SPAN  # every attempt kept what it got
 
 
 def test_a_server_that_never_answers_ends_in_an_error(publish):
@@ -593,10 +620,11 @@ def test_an_answer_of_unknown_length_must_be_verifiable(cache, server, publish):
 def test_a_file_too_large_is_refused(say_length, cache, server, monkeypatch):
     monkeypatch.setattr(download, "MAX_BYTES", len(BODY) - 1)
     server.say_length = say_length
+    seen = []
     with pytest.raises(FetchError, match=f"more than {len(BODY) - 1}"):
-        registry.fetch("toy-model")
+        registry.fetch("toy-model", progress=lambda *at: seen.append(at))
     assert names_in(cache) == []
-    assert not say_length or server.sent <= len(BODY)
+    assert bool(seen) != say_length  # at once, if the server says so
 
 
 def test_a_size_that_is_not_the_published_one_is_refused(cache, server, publish):
