@@ -197,9 +197,8 @@ def _require_licence(entry: Published, accepted: bool) -> None:
         return
     raise LicenceError(
         f"the weights of {entry.name} are under the Academic Software Licence (ASL), "
-        f"{entry.licence_url}: for academic, non-commercial use only, which holds for models "
-        "fine-tuned from them too; read it and, if you accept it, give --accept-license "
-        "(in Python accept_license=True)"
+        f"{entry.licence_url}: based on the GNU Public License, for academic, non-commercial use "
+        "only; read it and, if you accept it, give --accept-license (in Python accept_license=True)"
     )
 
 
