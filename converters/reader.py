@@ -42,6 +42,7 @@ MAX_MEMBERS = 10_000
 MAX_ENTRIES = 50_000  # modules, parameters and buffers; real files have under 2 000
 MAX_DEPTH = 32
 MAX_NAME = 100
+MAX_PATH = 500  # characters of a dotted name; real ones have under 100
 
 MODELS = ("mace.modules.models.MACE", "mace.modules.models.ScaleShiftMACE")
 
@@ -305,7 +306,10 @@ def _difference(expected: dict[str, str], found: dict[str, str], most: int = 12)
     removed = [(name, "-", what) for name, what in expected.items() if found.get(name) != what]
     added = [(name, "+", what) for name, what in found.items() if expected.get(name) != what]
     lines = sorted(removed + added, key=lambda line: (line[0], line[1] == "+"))
-    shown = [f"  {sign} {name[:100]}: {what[:100]}" for name, sign, what in lines[:most]]
+    shown = [
+        f"  {sign} {name[:100] if name.isprintable() else ascii(name[:100])}: {what[:100]}"
+        for name, sign, what in lines[:most]
+    ]
     return "\n".join(shown + [f"  and {len(lines) - most} more"] * (len(lines) > most))
 
 
@@ -487,10 +491,11 @@ def _state_dict(root: Node, max_bytes: int) -> tuple[dict[str, np.ndarray], froz
             raise ModelFileError(f"the sub-module {prefix!r} is a {type(node).__name__}")
         tables = [node._table(key) for key in ("_parameters", "_buffers", "_modules")]
         entries += 1 + sum(map(len, tables))
-        if depth > MAX_DEPTH or entries > MAX_ENTRIES:
+        if depth > MAX_DEPTH or len(prefix) > MAX_PATH or entries > MAX_ENTRIES:
             raise ModelFileError(
-                f"its modules are nested deeper than {MAX_DEPTH}, contain each other, or have more "
-                f"than {MAX_ENTRIES} entries; that is no MACE model"
+                f"its modules are nested deeper than {MAX_DEPTH}, contain each other, or have "
+                f"names of more than {MAX_PATH} characters or more than {MAX_ENTRIES} entries; "
+                "that is no MACE model"
             )
         own = _own_tensors(prefix, node)
         tensors |= own
@@ -515,13 +520,16 @@ def _own_tensors(prefix: str, node: Node) -> dict[str, np.ndarray]:
         if isinstance(value, np.ndarray):
             own[prefix + _checked(name)] = value
         elif value is not None:
-            raise ModelFileError(f"the tensor {prefix}{name!s:.80} is a {type(value).__name__}")
+            kind = type(value).__name__
+            raise ModelFileError(f"the tensor {prefix}{_checked(name)} is a {kind}")
     return own
 
 
 def _checked(name: Any) -> str:
-    # torch forbids dots in names, so dotted paths are unique; depth would multiply long names
-    if not isinstance(name, str) or "." in name or not 0 < len(name) <= MAX_NAME:
+    # torch forbids dots in names, so dotted paths are unique; depth would multiply long names;
+    # what cannot be printed could act on the terminal that shows it
+    sound = isinstance(name, str) and 0 < len(name) <= MAX_NAME
+    if not sound or "." in name or not name.isprintable():
         raise ModelFileError(f"{str(name)[:80]!r} cannot be the name of a tensor or module")
     return name
 

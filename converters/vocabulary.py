@@ -92,7 +92,8 @@ FIELDS = {
 }
 
 _KIND = (
-    "this kind of MACE model (dipoles, dielectric response, charges or LES) is not supported yet"
+    "this kind of MACE model (dipoles, dielectric response, charges or LES) is not supported yet; "
+    "give a MACE or ScaleShiftMACE model"
 )
 # By prefix of the full name.
 REFUSED = {

@@ -1,13 +1,19 @@
 """Reading torch files: equal to torch for good ones, only ModelFileError for bad ones."""
 
 import argparse
+import codecs
+import contextlib
+import gzip
 import hashlib
+import os
 import pickle
 import random
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import tracemalloc
 import warnings
@@ -26,11 +32,17 @@ PUBLISHED = ROOT / "benchmarks" / "data" / "gfn2_small.model"
 COMPILED = "._compiled_main"  # inside e3nn's compiled code, which is never opened
 
 
+for codec in ("cp437", "raw-unicode-escape"):
+    codecs.lookup(codec)  # Python loads them for old names in archives and old instructions
+
+
 def refuse(path, match):
     """Reading ``path`` is a ModelFileError that names the file and says ``match``, and is quick."""
     start = time.monotonic()
+    modules = set(sys.modules)
     with pytest.raises(ModelFileError) as caught:
         read(path)
+    assert set(sys.modules) == modules
     name, message = str(caught.value)[: len(str(path))], str(caught.value)[len(str(path)) :]
     assert name == str(path)
     assert re.search(match, message), message  # not in the path, which names the test
@@ -42,7 +54,9 @@ def refuse(path, match):
 
 
 def assert_as_torch_reads_it(path, model):
+    modules = set(sys.modules)
     file = read(path)
+    assert set(sys.modules) == modules
     expected = {name: t for name, t in model.state_dict().items() if COMPILED not in name}
     assert list(file.tensors) == list(expected)
     assert file.parameters == {name for name, _ in model.named_parameters()}
@@ -562,11 +576,22 @@ def test_like_is_asked_for_only_where_it_helps(tiny_file, tmp_path):
     [
         ("cuequivariance_torch.operations.linear.Linear", "mace_cueq_to_e3nn"),
         ("openequivariance.TensorProduct", "OpenEquivariance"),
-        ("mace.modules.extensions.PolarMACE", "not supported yet"),
+        ("mace.modules.extensions.PolarMACE", "not supported yet; give a"),
+        ("mace.modules.extensions.MACELES", "not supported yet; give a"),
+        ("mace.modules.field_blocks.Field", "not supported yet"),
         ("mace.modules.models.AtomicDipolesMACE", "not supported yet"),
+        ("mace.modules.models.AtomicDielectricMACE", "not supported yet"),
+        ("mace.modules.blocks.LinearDipoleReadoutBlock", "not supported yet"),
+        ("mace.modules.blocks.NonLinearDipolePolarReadoutBlock", "not supported yet"),
         ("mace.modules.models.EnergyDipolesMACE", "not supported yet"),
         ("mace.modules.lora.LoRAO3Linear", "merge"),
         ("mace.calculators.lammps_mliap_mace.LAMMPS_MLIAP_MACE", "wrapper"),
+        ("mace.calculators.lammps_mace.LAMMPS_MACE", r"wrapper.*original \.model"),
+        ("mace_jax.modules.models.ScaleShiftMACE", "mace-jax; give the torch"),
+        ("torch._dynamo.eval_frame.OptimizedModule", "_orig_mod"),
+        ("torch.nn.parallel.distributed.DistributedDataParallel", "model.module"),
+        ("torch.optim.swa_utils.AveragedModel", "save its .module"),
+        ("numpy.core.multiarray.scalar", "NumPy scalar"),
         ("numpy._core.multiarray.scalar", "NumPy scalar"),
         ("macer.models.ScaleShiftMACE", "report"),
         ("mace.modules.models.ScaleShiftMACE2", "report"),
@@ -575,6 +600,173 @@ def test_like_is_asked_for_only_where_it_helps(tiny_file, tmp_path):
 def test_other_globals_are_refused_by_name(tmp_path, name, advice):
     path = tf.forge(tmp_path / "m.model", tf.mace(buffers={}, x=tf.new(name)))
     refuse(path, rf"(?s){name}.*{advice}")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "is empty.*download"),
+        (b"hello", "is a text file.*mace_run_train"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer.*git lfs"),
+        (b"<!DOCTYPE html>\n<html>", "web page.*failed download"),
+        (b"\xef\xbb\xbf \n<HTML><head>", "web page.*failed download"),
+        (b"<?xml version='1.0'?><Error>", "XML page.*failed download"),
+        (gzip.compress(b"x"), "gzip; unpack"),
+        (b"BZh91AY&SY", "bzip2; unpack"),
+        (b"\xfd7zXZ\x00", "xz; unpack"),
+        (b"\x28\xb5\x2f\xfd\x04", "zstd; unpack"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (pickle.dumps([1]), r"pickle that torch\.save did not write"),
+        (b"\x00\x01\x02", "not a torch file"),
+        (b"\x93NUMPY\x01\x00", "not a torch file"),
+        (b"PK\x05\x06" + bytes(18), "not a torch file"),
+        (b"PK\x03\x04" + bytes(18), "truncated or damaged"),
+        (b"x" + tf.MAGIC.to_bytes(10, "little"), "intact"),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path, content, match):
+    path = tmp_path / "m.model"
+    path.write_bytes(content)
+    refuse(path, match)
+
+
+@pytest.mark.torch
+def test_wrappers_of_models_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "m.model"
+    model = tf.mace_model()
+    from e3nn.util import jit
+    from mace.calculators import LAMMPS_MACE
+    from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE
+    from mace.modules.lora import inject_LoRAs
+
+    for wrapper in (LAMMPS_MACE(model), LAMMPS_MLIAP_MACE(model)):
+        for new in (True, False):
+            tf.save(wrapper, path, _use_new_zipfile_serialization=new)
+            refuse(path, rf"contains 'mace\.calculators\.\w+\.{type(wrapper).__name__}'.*original")
+    tf.save(torch.compile(model), path)
+    refuse(path, "_orig_mod")
+    tf.save(torch.optim.swa_utils.AveragedModel(model), path)
+    refuse(path, "save its .module")
+    inject_LoRAs(model, rank=2, alpha=1)
+    tf.save(model, path)
+    refuse(path, r"'mace\.modules\.lora\.\w+'.*merge_lora_weights")
+    tf.save(model.state_dict(), path)
+    tf.save(tf.mace_model(), tmp_path / "like.model")
+    with pytest.raises(ModelFileError, match=r"(?s)  \+ \S*lora_A.*LoRA adapters"):
+        read(path, like=tmp_path / "like.model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        for program in (tf.mace_model(), LAMMPS_MACE(tf.mace_model())):
+            jit.compile(program).save(path)
+            refuse(path, "TorchScript program; give the .model file saved beside it")
+
+
+@pytest.mark.torch
+def test_other_kinds_of_mace_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    tf.mace_model()  # sets what e3nn needs to be imported
+    from e3nn import o3
+    from mace import modules
+
+    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
+    options = {
+        "r_max": 4.5,
+        "num_bessel": 8,
+        "num_polynomial_cutoff": 5,
+        "max_ell": 2,
+        "interaction_cls": block,
+        "interaction_cls_first": block,
+        "num_interactions": 2,
+        "num_elements": 3,
+        "hidden_irreps": o3.Irreps("8x0e+8x1o+8x2e"),
+        "MLP_irreps": o3.Irreps("4x0e+4x1o+4x2e"),
+        "atomic_energies": None,
+        "avg_num_neighbors": 9.5,
+        "atomic_numbers": [1, 6, 8],
+        "correlation": 2,
+        "gate": torch.nn.functional.silu,
+    }
+    for cls, changes in (
+        (modules.AtomicDipolesMACE, {}),
+        (modules.EnergyDipolesMACE, {"atomic_energies": np.zeros(3)}),
+        (modules.AtomicDielectricMACE, {"use_polarizability": True}),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates TorchScript
+            model = cls(**options | changes)
+        tf.save(model, tmp_path / "m.model")
+        refuse(tmp_path / "m.model", rf"'mace\.modules\.models\.{cls.__name__}'.*not supported yet")
+
+
+@pytest.mark.torch
+def test_other_things_that_torch_saves_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "m.model"
+    model = tf.mace_model()
+    for new in (True, False):
+        for value, match in [
+            (torch.nn.Linear(2, 2), r"holds a torch\.nn\.modules\.linear\.Linear, not a MACE"),
+            (torch.nn.ReLU(), r"names 'torch\.nn\.modules\.activation\.ReLU'.*please report"),
+            (torch.ones(3), "holds a tensor"),
+            ([torch.ones(3)], "holds a list"),
+            (3, "holds a int"),
+            ({"model": model}, "whole model under 'model'; save that alone"),
+            ({"a": 1, "b": "x"}, r"dict with the keys \['a', 'b'\]"),
+            ({"rng": torch.get_rng_state(), "epoch": 1}, "dict with the keys"),
+        ]:
+            tf.save(value, path, _use_new_zipfile_serialization=new)
+            refuse(path, match)
+    model.interactions[0].avg_num_neighbors = np.float64(3.0)
+    tf.save(model, path)
+    refuse(path, r"'numpy\S*scalar'.*Python number.*float\(")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
+def test_pipes_sockets_and_devices_do_not_hang(tmp_path, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    within(5, lambda: refuse(pipe, "pipe, socket or device"))
+    within(5, lambda: refuse(Path("/dev/zero"), "pipe, socket or device"))
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # since names of sockets are short
+        server.bind("socket")
+        within(5, lambda: refuse(tmp_path / "socket", "pipe, socket or device"))
+    # It may be put in the file's place after the checks.
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    within(5, lambda: refuse(pipe, "no longer a regular file"))
+
+
+def within(seconds, function):
+    failures = []
+
+    def run():
+        try:
+            function()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    if failures:
+        raise failures[0]
+
+
+def test_files_of_others_are_refused(tmp_path, monkeypatch):
+    def forbidden(path, flags):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(reader.os, "open", forbidden)  # root may read everything
+    refuse(tf.forge(tmp_path / "m.model", tf.mace()), r"cannot be opened \(Permission denied\)")
+
+
+def test_names_too_long_for_the_system_are_refused(tmp_path):
+    with pytest.raises(ModelFileError):
+        read(tmp_path / ("a" * 5000))
+    with pytest.raises(ModelFileError):
+        read("a\0b")
 
 
 def test_files_that_are_no_models_are_refused(tmp_path):
@@ -698,6 +890,39 @@ def test_sizes_are_capped(tmp_path, monkeypatch):
         read(repeated, max_bytes=1 << 20)
     monkeypatch.setattr(reader, "MAX_PICKLE", 10)
     refuse(path, "more than 10")
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["../../x", "/etc/x", "..", "C:\\x", "a\\..\\b", "a b", "é", "a\nb", "-", "data", "a/data"],
+)
+def test_names_of_members_are_only_names(tmp_path, stem, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    path = tf.forge(tmp_path / "m.model", tf.mace(buffers={"x": tf.tensor()}), stem=stem)
+    assert list(read(path).tensors) == ["x"]
+    assert sorted(found.name for found in tmp_path.rglob("*")) == ["inside", "m.model"]
+
+
+def test_names_of_members_that_end_at_a_zero_do_not_stand_for_others(tmp_path):
+    path = tf.forge(tmp_path / "m.model", tf.mace(), members={"m/data.pkl_x": b"N."})
+    path.write_bytes(path.read_bytes().replace(b"m/data.pkl_x", b"m/data.pkl\0x"))
+    refuse(path, "distinct|intact")
+
+
+def test_directories_that_lie_are_refused(tmp_path):
+    """Sizes and offsets of the central directory at their extremes."""
+    path = tf.forge(tmp_path / "m.model", tf.mace(buffers={"x": tf.tensor()}))
+    whole = path.read_bytes()
+    entry, end = whole.rindex(b"PK\x01\x02"), whole.rindex(b"PK\x05\x06")
+    fields = [(entry + at, size) for at, size in ((20, 4), (24, 4), (28, 2), (30, 2), (42, 4))]
+    fields += [(end + at, size) for at, size in ((8, 2), (10, 2), (12, 4), (16, 4))]
+    for start, size in fields:
+        for value in (0, 1, 127, (1 << 8 * size - 1) - 1, (1 << 8 * size) - 2, (1 << 8 * size) - 1):
+            raw = value.to_bytes(size, "little")
+            path.write_bytes(whole[:start] + raw + whole[start + size :])
+            with contextlib.suppress(ModelFileError):
+                assert list(read(path).tensors) == ["x"]
 
 
 # --- hostile pickles ------------------------------------------------------------------------------
@@ -837,6 +1062,140 @@ def test_deep_values_are_harmless(tmp_path):
     del file
 
 
+def deep_objects(count):
+    """Irreps(Irreps(Irreps(...)))."""
+    cls = tf.named("e3nn.o3._irreps.Irreps")
+    return tf.Code(cls + b"q\x00" + b"h\x00" * count + b")" + b"\x81\x85" * count + b"\x81")
+
+
+def deep_states(count):
+    """Objects in the states of objects."""
+    cls = tf.named("e3nn.o3._irreps.Irreps")
+    begin = b"h\x00)\x81}" + tf.code("x")
+    return tf.Code(cls + b"q\x00)\x81}" + tf.code("x") + begin * count + b"N" + b"sb" * (count + 1))
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        tf.Code(b"]" * 200_000 + b"a" * 199_999),
+        tf.Code((b"}" + tf.code("a")) * 100_000 + b"N" + b"s" * 100_000),
+        tf.Code(b"(" * 100_000 + b"t" * 100_000),
+        deep_objects(100_000),
+        deep_states(50_000),
+    ],
+    ids=["lists", "dicts", "marks", "arguments", "states"],
+)
+def test_deep_nesting_is_harmless(tmp_path, deep):
+    file = read(tf.forge(tmp_path / "m.model", tf.mace(x=deep)))
+    with pytest.raises(ModelFileError):
+        irreps(file.root.get("x"))
+    del file
+    refuse(tf.forge(tmp_path / "m.model", deep), "holds a|intact")
+    refuse(tf.forge(tmp_path / "m.model", {"model": deep}), "training checkpoint|whole model")
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(buffers={"x": deep})), "tensor x is a")
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(modules=deep)), "not a dict|sub-module|cannot be")
+
+
+@pytest.mark.parametrize(
+    "cycle",
+    [
+        tf.Code(b"]q\x00h\x00a"),
+        tf.Code(b"}q\x00" + tf.code("a") + b"h\x00s"),
+        tf.Code(b"]q\x00h\x00\x85a"),
+    ],
+    ids=["list", "dict", "tuple"],
+)
+def test_cycles_are_harmless(tmp_path, cycle):
+    file = read(tf.forge(tmp_path / "m.model", tf.mace(x=cycle)))
+    with pytest.raises(ModelFileError):
+        irreps(file.root.get("x"))
+    refuse(tf.forge(tmp_path / "m.model", cycle), "holds a")
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(buffers={"x": cycle})), "tensor x is a")
+
+
+def many(count, instructions):
+    return tf.Code(b"](" + instructions * count + b"e")
+
+
+@pytest.mark.parametrize(
+    "costly",
+    [
+        many(400_000, b"X\x01\x00\x00\x00a"),
+        many(300_000, b"]"),
+        many(200_000, b"}"),
+        many(200_000, b"\x8f"),
+        many(250_000, b")\x85"),
+        # One long tuple or list behind many references to it
+        tf.Code(
+            b"(" + b"N" * 300_000 + b"tq\x00" + b"\x85" + b"](" + b"h\x00" * 300_000 + b"e\x86"
+        ),
+        # Integers that fall into one another's place in a hash table
+        tf.Code(b"\x8f(" + b"".join(tf.code(i << 12) for i in range(300_000)) + b"\x90"),
+        tf.Code(tf.code("a" * (8 << 20)) + b"q\x00](" + b"h\x00" * 300_000 + b"e\x86"),
+    ],
+)
+def test_reading_takes_time_in_proportion_to_size(tmp_path, costly):
+    start = time.monotonic()
+    read(tf.forge(tmp_path / "m.model", tf.mace(x=costly)))
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (tf.Code(b"I" + b"9" * (8 << 20) + b"\n"), "intact|INT"),
+        (tf.Code(b"L" + b"9" * (8 << 20) + b"L\n"), "intact|LONG"),
+        (tf.Code(b"\x8b" + (8 << 20).to_bytes(4, "little") + b"\x7f" * (8 << 20)), "LONG4"),
+        (tf.Code(b"\x8b\xff\xff\xff\x7f"), "intact"),
+        (tf.Code(b"F" + b"9" * (8 << 20) + b"\n"), "intact|FLOAT"),
+        (tf.Code(b"c" + b"a" * (8 << 20) + b"\nb\n"), "names 'aaaa"),
+        (tf.Code(tf.code("a" * (8 << 20)) + b"q\x00h\x00\x93"), "names 'aaaa"),
+        (tf.Code(tf.code("(" + "9" * (8 << 20)) + b"Q"), "where a tuple"),
+        ({"a" * (8 << 20): 1, "b": tf.Code(b"\xff")}, "intact"),
+        (tf.new("e3nn.o3._irreps.Irreps", state=tf.Code(b"\x8b\xff\xff\xff\xff")), "intact"),
+    ],
+)
+def test_large_arguments_are_refused_soon_and_in_few_words(tmp_path, value, match):
+    refuse(tf.forge(tmp_path / "m.model", tf.mace(x=value)), match)
+
+
+def test_messages_about_the_tree_are_short(tmp_path):
+    """What :func:`convert` asks of a file with very many names."""
+    modules = {f"{i:0100d}": linear({}) for i in range(10_000)}
+    root = read(tf.forge(tmp_path / "m.model", tf.mace(modules=modules))).root
+    with pytest.raises(ModelFileError, match="and 9960 more") as caught:
+        root.module("absent")
+    assert len(str(caught.value)) < 10_000
+    attributes = {f"a{i}": None for i in range(10_000)}
+    root = read(tf.forge(tmp_path / "m.model", tf.mace(**attributes))).root
+    with pytest.raises(ModelFileError, match="and 9960 more"):
+        root.get("absent")
+
+
+def test_names_cannot_act_on_the_terminal(tmp_path):
+    path = tmp_path / "m.model"
+    for name in ("\x1b[2J", "a\nb", "\u202e", "\x00"):
+        refuse(tf.forge(path, tf.mace(buffers={name: tf.tensor()})), "cannot be the name")
+        refuse(tf.forge(path, tf.mace(buffers={name: 3})), "cannot be the name")
+        like = tf.forge(tmp_path / "like.model", tf.mace(buffers={"x": tf.tensor()}))
+        with pytest.raises(ModelFileError) as caught:
+            read(tf.forge(path, {name: tf.tensor()}), like=like)
+        assert name not in str(caught.value).replace("\n  ", "").replace("\ngive", "")
+        assert ascii(name) in str(caught.value)
+
+
+def test_the_stages_of_schedules_are_references(tmp_path):
+    """torch before 2.3 keeps a function in the schedule of stage two; it stays a name."""
+    schedule = tf.named("torch.optim.swa_utils.SWALR")
+    found = tf.call("__builtin__.getattr", schedule, "_linear_anneal")
+    path = tf.forge(tmp_path / "m.pt", {"model": {}, "lr_scheduler": {"anneal_func": found}})
+    refuse(path, "training checkpoint")
+    for name in ("__init__", "step", "tanh"):
+        bad = tf.call("__builtin__.getattr", schedule, name)
+        refuse(tf.forge(path, {"model": {}, "lr_scheduler": {"anneal_func": bad}}), "getattr")
+
+
 def test_huge_memo_indices_cost_nothing(tmp_path):
     memo = tf.Code(tf.code("a") + b"r\xff\xff\xff\xff")
     assert read(tf.forge(tmp_path / "m.model", tf.mace(x=memo))).root.get("x") == "a"
@@ -886,6 +1245,11 @@ def test_module_trees_are_bounded(tmp_path):
     wide = memoised({str(i): None for i in range(1000)})
     crowd = [linear({}, buffers=wide)] + [linear({}, buffers=tf.Code(b"h\x00"))] * 200
     refuse(tf.forge(path, tf.mace(modules={str(i): m for i, m in enumerate(crowd)})), "entries")
+
+    long = linear({})
+    for _ in range(8):
+        long = linear({"a" * 100: long})
+    refuse(tf.forge(path, tf.mace(modules={"x": long})), "more than 500 characters")
 
     for name in ("a.b", "", "a" * 101, 3):
         refuse(tf.forge(path, tf.mace(modules={name: linear({})})), "cannot be the name")

@@ -146,11 +146,13 @@ def forge(
     *,
     members: dict[str, bytes] | None = None,
     compression: int = zipfile.ZIP_STORED,
+    stem: str = "m",
 ) -> Path:
     """Write a torch file around ``root``; bytes that are not :class:`Code` are the whole pickle."""
     raw = type(root) is bytes
     pickle = root if raw else b"\x80\x02" + code(root) + b"."
-    content = {"m/data.pkl": pickle, "m/byteorder": b"little", "m/data/0": bytes(8)}
+    content = {"data.pkl": pickle, "byteorder": b"little", "data/0": bytes(8)}
+    content = {f"{stem}/{name}": data for name, data in content.items()}
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in (content | (members or {})).items():
             archive.writestr(name, data)
