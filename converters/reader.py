@@ -133,7 +133,8 @@ def read(
         if _is_model(root):
             if like is not None:
                 raise ModelFileError(
-                    "it is a whole model with its hyper-parameters; leave like out"
+                    "it is a whole model with its hyper-parameters; leave out --like (like= in "
+                    "Python)"
                 )
             return ModelFile(path, sha256, root, *_state_dict(root, max_bytes))
         if like is None:
@@ -238,12 +239,12 @@ def _not_a_model(root: Any) -> str:
 def _weights(root: Any, max_bytes: int) -> dict[str, np.ndarray]:
     """The tensors of a state_dict, or of the one in a training checkpoint, by name."""
     found = root.get("model", root) if isinstance(root, dict) else None
-    if found == {}:
-        raise ModelFileError(f"its state_dict is empty; {GIVE}")
     if not isinstance(found, dict):
         raise ModelFileError(
             f"expected a state_dict or a training checkpoint, but {_not_a_model(root)}"
         )
+    if not found:
+        raise ModelFileError(f"its state_dict is empty; {GIVE}")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
             raise ModelFileError(

@@ -166,7 +166,13 @@ def test_forged_file_is_read(tmp_path):
 
 
 def test_reading_imports_no_torch(tmp_path):
-    tf.forge(tmp_path / "m.model", tf.mace(buffers={"r_max": tf.tensor()}))
+    """Nor anything else: what a file holds does not reach the import system."""
+    paths = [
+        tf.forge(tmp_path / "m.model", tf.mace(buffers={"r_max": tf.tensor()})),
+        tf.forge_legacy(tmp_path / "old.model", legacy_mace(tf.legacy_storage())),
+        tf.forge(tmp_path / "w.pt", {"r_max": tf.tensor()}),
+        tf.forge(tmp_path / "bad.model", tf.mace(x=tf.call("wave.open", "x"))),
+    ]
     script = """
         import sys
 
@@ -176,11 +182,21 @@ def test_reading_imports_no_torch(tmp_path):
                     raise AssertionError(f"imports {name}")
 
         sys.meta_path.insert(0, Forbid())
-        from converters.reader import read
-        assert list(read(sys.argv[1]).tensors) == ["r_max"]
-        assert not {"torch", "mace", "e3nn"} & sys.modules.keys()
+        from converters.reader import ModelFileError, read
+        "".encode("cp437")  # the one codec that zipfile itself looks up
+        before = set(sys.modules)
+        model, old, weights, bad = sys.argv[1:]
+        assert list(read(model).tensors) == ["r_max"]
+        assert list(read(old).tensors) == ["x"]
+        assert list(read(weights, like=model).tensors) == ["r_max"]
+        try:
+            read(bad)
+        except ModelFileError as error:
+            assert "wave.open" in str(error)
+        assert set(sys.modules) == before, set(sys.modules) - before
+        assert not {"torch", "mace", "e3nn", "wave"} & sys.modules.keys()
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "m.model")]
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -541,7 +557,7 @@ def test_like_is_asked_for_only_where_it_helps(tiny_file, tmp_path):
             read(path, like=like)
         assert str(caught.value).startswith(f"{blamed}: ")
 
-    refused(tiny_file, tiny_file, tiny_file, "whole model.*leave like out")
+    refused(tiny_file, tiny_file, tiny_file, "whole model.*leave out --like")
     refused(weights, weights, weights, "like must be a whole model, but it is a bare state_dict")
     refused(weights, tmp_path / "absent", tmp_path / "absent", "no such file")
     (tmp_path / "text").write_text("hello")
