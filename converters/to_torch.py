@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -20,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from converters.reader import read
+from converters.reader import ModelFile, read
 from converters.rules import buffer_path, parameter_rules
 from converters.to_jax import from_file
 from jaxft import bundle, tree
-from jaxft.models.config import MACEConfig
+from jaxft.models.config import EmbeddingConfig, MACEConfig
 from jaxft.models.irreps import multiplicities
 from jaxft.potential import E0_BUFFER, Potential
 from jaxft.typing import Params
@@ -36,11 +37,18 @@ UNSEEN = "._compiled_main"
 OPTIONAL = "_zeroed"
 """Flags at the end of whose names nothing in mace-torch looks; older writers lack them."""
 
-BESSEL = "radial_embedding/bessel_fn/bessel_weights"
+UNUSED = re.compile(r"pair_repulsion_fn/(r_max|cutoff/.*)")
+"""Constants that mace-torch wrote until 0.3.9 and never read."""
+
+DTYPE = "r_max"
 """A constant that has the dtype of the file."""
 
+READOUTS = {"nonlinear": "NonLinearReadoutBlock", "bias": "NonLinearBiasReadoutBlock"}
 
-def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> Path:
+
+def export(
+    source: str | Path | tuple[Potential, Params], path: str | Path, *, state_dict: bool = False
+) -> Path:
     """Write a ``.model`` that mace-torch's ``MACECalculator`` and command-line tools load.
 
     Parameters and constants are the model's own, bit for bit. Where the parameters were cast to
@@ -49,6 +57,7 @@ def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> P
     Args:
       source: a bundle's folder, or a potential and its (merged) parameters.
       path: of the new file, by custom ``NAME.model``; it appears complete or not at all.
+      state_dict: write only the module's ``state_dict()``, by custom ``NAME.pt``.
 
     Returns:
       ``path``.
@@ -65,19 +74,23 @@ def export(source: str | Path | tuple[Potential, Params], path: str | Path) -> P
     leaves = _checked_leaves(model.config, params)
     # Widening is exact, rounding the constants is not: a float64 model that was fine-tuned in
     # float32 is exported in float64.
-    dtype = np.result_type(*leaves.values(), model.buffers[BESSEL]).name
+    dtype = np.result_type(*leaves.values(), model.buffers[DTYPE]).name
     leaves = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
     buffers = _cast(model.buffers, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with torch_and_mace(dtype) as (torch, modules):
-            module = _build(modules, torch, model.config)
+            module = _build(modules, torch, model.config, buffers)
             _fill(torch, module, _tensors(model.config, module, leaves, buffers))
-            torch.save(module, scratch / path.name)
-        _check(scratch / path.name, Potential(model.config, buffers), leaves)
+            torch.save(module, scratch / "whole.model")
+            torch.save(module.state_dict(), scratch / "numbers.pt")
+        _check(read(scratch / "whole.model"), Potential(model.config, buffers), leaves)
+        if state_dict:
+            numbers = read(scratch / "numbers.pt", like=scratch / "whole.model")
+            _check(numbers, Potential(model.config, buffers), leaves)
         bundle.refuse_existing(path)
-        os.rename(scratch / path.name, path)
+        os.rename(scratch / ("numbers.pt" if state_dict else "whole.model"), path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
@@ -154,59 +167,115 @@ def _checked_leaves(config: MACEConfig, params: Params) -> dict[str, np.ndarray]
 
 def _cast(buffers: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """The constants in one dtype; E0s are not rounded."""
-    stored = buffers[BESSEL].dtype
+    stored = buffers[DTYPE].dtype
     found = {
         path: array.astype(dtype) if array.dtype == stored else array
         for path, array in buffers.items()
+        if not UNUSED.fullmatch(path)
     }
     e0s = buffers[E0_BUFFER]
     found[E0_BUFFER] = e0s if e0s.dtype.name in DTYPES else e0s.astype(np.float64)
     return found
 
 
-def _build(modules: Any, torch: Any, config: MACEConfig) -> Any:
+def _build(modules: Any, torch: Any, config: MACEConfig, buffers: Mapping[str, np.ndarray]) -> Any:
     """mace-torch's module of this architecture; its numbers are still to be replaced."""
-    from e3nn import o3
-
-    first, last = config.interactions[0], config.interactions[-1]
-    edges = o3.Irreps(config.edge_irreps)
-    hidden, final = o3.Irreps(first.hidden_irreps), o3.Irreps(last.hidden_irreps)
-    block = getattr(modules.blocks, first.block)
-    options = {"keep_last_layer_irreps": True} if len(final) > 1 else {}
-    module = modules.ScaleShiftMACE(
-        r_max=config.r_max,
-        num_bessel=config.num_bessel,
-        num_polynomial_cutoff=config.cutoff_power,
-        max_ell=edges.lmax,
-        interaction_cls=block,
-        interaction_cls_first=block,
-        num_interactions=len(config.interactions),
-        num_elements=config.num_elements,
-        hidden_irreps=hidden,
-        MLP_irreps=o3.Irreps(config.readouts[-1].hidden_irreps),
-        atomic_energies=np.zeros((len(config.heads), config.num_elements)),
-        avg_num_neighbors=first.avg_num_neighbors,
-        atomic_numbers=list(config.atomic_numbers),
-        correlation=[product.correlation for product in config.products],
-        gate=torch.nn.functional.silu,
-        radial_MLP=list(first.radial_mlp),
-        heads=list(config.heads),
-        use_reduced_cg=False,  # the file's own coupling tensors take the place of these
-        use_so3=edges.lmax > 0 and "1e" in multiplicities(config.edge_irreps),
-        atomic_inter_scale=1.0,
-        atomic_inter_shift=0.0,
-        **options,
-    )
+    module = getattr(modules, config.family)(**_arguments(modules, torch, config, buffers))
     for name, value in config.mace_attributes.items():
         setattr(module, name, value)
     for block, interaction in zip(module.interactions, config.interactions, strict=True):
         block.avg_num_neighbors = interaction.avg_num_neighbors
-        for layer in block.conv_tp_weights:
-            _set_constant(getattr(layer, "act", None), config.silu_constant)
+        if interaction.gate is not None:
+            block.equivariant_nonlin._scalar_cst = interaction.gate.scalar_constant
+            block.equivariant_nonlin._gate_cst = interaction.gate.gate_constant
+            for layer in (*block.conv_tp_weights.net, *block.density_fn.net):
+                if isinstance(layer, torch.nn.LayerNorm):
+                    layer.eps = interaction.layer_norm_eps
+        else:
+            for layer in block.conv_tp_weights:
+                _set_constant(getattr(layer, "act", None), config.silu_constant)
+    for product, wanted in zip(module.products, config.products, strict=True):
+        product.use_sc = wanted.use_sc
     for readout in module.readouts:
         if "non_linearity" in dict(readout.named_children()):
             _set_constant(readout.non_linearity.acts[0], config.gate_constant)
+    if config.gaussian_coefficient is not None:
+        module.radial_embedding.bessel_fn.coeff = config.gaussian_coefficient
     return module
+
+
+def _arguments(
+    modules: Any, torch: Any, config: MACEConfig, buffers: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Of mace-torch's constructor."""
+    from e3nn import o3
+
+    if config.distance_transform == "Soft 0.3.6":
+        raise ValueError(
+            "this model has the distance transform that mace-torch called Soft until 0.3.9; the "
+            "mace-torch of today has another, so there is no file of today for it."
+        )
+    first, last = config.interactions[0], config.interactions[-1]
+    edges = o3.Irreps(config.edge_irreps)
+    hidden, final = (o3.Irreps(config.products[i].irreps_out) for i in (0, -1))
+    readout = config.readouts[-1]
+    mlp = o3.Irreps(f"{multiplicities(readout.hidden_irreps)['0e'] // len(config.heads)}x0e")
+    gates = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, "None": None}
+    arguments = {
+        "r_max": config.r_max,
+        "num_bessel": config.num_bessel,
+        "num_polynomial_cutoff": config.cutoff_power,
+        "max_ell": edges.lmax,
+        "interaction_cls": getattr(modules.blocks, last.block),
+        "interaction_cls_first": getattr(modules.blocks, first.block),
+        "num_interactions": len(config.interactions),
+        "num_elements": config.num_elements,
+        "hidden_irreps": hidden,
+        "MLP_irreps": mlp,
+        "atomic_energies": np.asarray(buffers[E0_BUFFER]),
+        "avg_num_neighbors": first.avg_num_neighbors,
+        "atomic_numbers": list(config.atomic_numbers),
+        "correlation": [product.correlation for product in config.products],
+        "gate": gates[config.gate],
+        "radial_MLP": list(first.radial_mlp),
+        "heads": list(config.heads),
+        "use_reduced_cg": False,  # the file's own coupling tensors take the place of these
+        "use_so3": edges.lmax > 0 and "1e" in multiplicities(config.edge_irreps),
+        "pair_repulsion": config.pair_repulsion,
+        "apply_cutoff": config.apply_cutoff,
+        "distance_transform": config.distance_transform,
+        "radial_type": config.radial_type,
+        "use_agnostic_product": config.products[0].is_agnostic,
+        "use_last_readout_only": len(config.readouts) < len(config.products),
+        "keep_last_layer_irreps": len(config.products) > 1 and len(final) > 1,
+        **_edge_irreps(config),
+    }
+    if readout.kind in READOUTS:
+        arguments["readout_cls"] = getattr(modules.blocks, READOUTS[readout.kind])
+    if config.family == "ScaleShiftMACE":
+        for name in ("scale", "shift"):
+            arguments[f"atomic_inter_{name}"] = np.asarray(buffers[f"scale_shift/{name}"])
+    if config.embeddings:
+        arguments["embedding_specs"] = {spec.name: _embedding(spec) for spec in config.embeddings}
+        arguments["use_embedding_readout"] = config.embedding_readout
+    return arguments
+
+
+def _edge_irreps(config: MACEConfig) -> dict[str, Any]:
+    from e3nn import o3
+
+    first, last = config.interactions[0], config.interactions[-1]
+    if last.sender_irreps is None:
+        return {}
+    edges = o3.Irreps(last.sender_irreps)
+    return {"edge_irreps": edges, "use_edge_irreps_first": first.sender_irreps is not None}
+
+
+def _embedding(spec: EmbeddingConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {"type": spec.kind, "per": spec.per, "emb_dim": spec.emb_dim}
+    if spec.kind == "categorical":
+        return found | {"num_classes": spec.num_classes, "offset": spec.offset}
+    return found | {"in_dim": spec.in_dim, "use_bias": spec.use_bias}
 
 
 def _set_constant(activation: Any, constant: float) -> None:
@@ -261,9 +330,9 @@ def _fill(torch: Any, module: Any, tensors: Mapping[str, np.ndarray]) -> None:
             del owner._buffers[leaf]
 
 
-def _check(path: Path, model: Potential, leaves: Mapping[str, np.ndarray]) -> None:
+def _check(file: ModelFile, model: Potential, leaves: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError unless the file holds exactly this model."""
-    found, params = from_file(read(path))
+    found, params = from_file(file, allow_nonfinite=True)
     written = {**_prefixed("params", leaves), **_prefixed("buffers", model.buffers)}
     back = {
         **_prefixed("params", tree.flatten(params)),
@@ -271,7 +340,7 @@ def _check(path: Path, model: Potential, leaves: Mapping[str, np.ndarray]) -> No
     }
     diff = tree.name_diff(map(_fingerprint, back.items()), map(_fingerprint, written.items()))
     config = model.config.model_copy(update={"r_max": float(model.buffers["r_max"])})
-    same = {"mace_attributes": config.mace_attributes}  # newer writers add some
+    same = {"mace_attributes": config.mace_attributes}  # versions differ in them
     if diff or found.config.model_copy(update=same) != config:
         raise ValueError(
             "mace-torch cannot write this model: read back, the file differs "
