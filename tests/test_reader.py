@@ -1164,7 +1164,7 @@ def test_reading_takes_time_in_proportion_to_size(tmp_path, costly):
         (tf.Code(b"L" + b"9" * (8 << 20) + b"L\n"), "intact|LONG"),
         (tf.Code(b"\x8b" + (8 << 20).to_bytes(4, "little") + b"\x7f" * (8 << 20)), "LONG4"),
         (tf.Code(b"\x8b\xff\xff\xff\x7f"), "intact"),
-        (tf.Code(b"F" + b"9" * (8 << 20) + b"\n"), "intact|FLOAT"),
+        (tf.Code(b"F" + b"x" * (8 << 20) + b"\n"), "intact.*could not convert"),
         (tf.Code(b"c" + b"a" * (8 << 20) + b"\nb\n"), "names 'aaaa"),
         (tf.Code(tf.code("a" * (8 << 20)) + b"q\x00h\x00\x93"), "names 'aaaa"),
         (tf.Code(tf.code("(" + "9" * (8 << 20)) + b"Q"), "where a tuple"),
