@@ -23,21 +23,30 @@ from jaxft.typing import Params
 
 @dataclass(frozen=True)
 class Deviation:
-    """Largest absolute differences between jaxft and mace-torch on one structure."""
+    """Largest absolute differences between jaxft and mace-torch on one structure and head."""
 
     name: str
+    head: str
     atoms: int
     energy: float
     """eV/atom."""
-    forces: float
-    """eV/Å."""
+    forces: float | None
+    """eV/Å; None where torch has none (Chebyshev's basis)."""
     stress: float | None
     """eV/Å³; None unless periodic in three directions, where alone it is defined."""
 
 
+TOLERANCES = {
+    "float64": {"energy": 1e-8, "forces": 1e-7, "stress": 1e-8},
+    "float32": {"energy": 1e-4, "forces": 1e-3, "stress": 1e-4},
+}
+"""What :attr:`Report.agrees` allows, eV/atom, eV/Å and eV/Å³; beyond the rounding of float32 files'
+constants in float64, and of large models in float32."""
+
+
 @dataclass(frozen=True)
 class Report:
-    """Deviations of all structures; printed, a table."""
+    """Deviations of all structures and heads; printed, a table."""
 
     path: Path
     dtype: str
@@ -50,23 +59,34 @@ class Report:
 
     @property
     def forces(self) -> float:
-        """The largest, eV/Å."""
-        return max(row.forces for row in self.rows)
+        """The largest, eV/Å; 0 if torch has none."""
+        return max((row.forces for row in self.rows if row.forces is not None), default=0.0)
 
     @property
     def stress(self) -> float:
         """The largest, eV/Å³; 0 if no structure has one."""
         return max((row.stress for row in self.rows if row.stress is not None), default=0.0)
 
+    @property
+    def agrees(self) -> bool:
+        """Every deviation is within ``TOLERANCES``."""
+        found = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
+        return all(found[key] <= most for key, most in TOLERANCES[self.dtype].items())
+
     def __str__(self) -> str:
+        heads = max(len(row.head) for row in self.rows)
         lines = [
             f"{self.path}: jaxft against mace-torch, {self.dtype}, largest absolute differences",
-            f"{'structure':<22}{'atoms':>6}{'E (eV/atom)':>14}{'F (eV/Å)':>12}{'σ (eV/Å³)':>12}",
+            f"{'structure':<22}{'head':<{heads + 2}}{'atoms':>6}{'E (eV/atom)':>14}{'F (eV/Å)':>12}"
+            f"{'σ (eV/Å³)':>12}",
         ]
         for row in self.rows:
-            stress = "-" if row.stress is None else f"{row.stress:.1e}"
+            forces, stress = (
+                "-" if value is None else f"{value:.1e}" for value in (row.forces, row.stress)
+            )
             lines.append(
-                f"{row.name:<22}{row.atoms:>6}{row.energy:>14.1e}{row.forces:>12.1e}{stress:>12}"
+                f"{row.name:<22}{row.head:<{heads + 2}}{row.atoms:>6}{row.energy:>14.1e}"
+                f"{forces:>12}{stress:>12}"
             )
         return "\n".join(lines)
 
@@ -77,7 +97,7 @@ def verify(
     frames: Mapping[str, ase.Atoms] | Sequence[ase.Atoms] | None = None,
     dtype: str = "float64",
 ) -> Report:
-    """Run mace-torch and jaxft on the same file and the same structures.
+    """Run mace-torch and jaxft on the same file and the same structures, for every head.
 
     Unlike everything else in jaxft, this lets torch load the file, and loading a whole torch model
     executes what it contains: verify only files that you trust.
@@ -88,7 +108,8 @@ def verify(
 
     Args:
       model_path: a torch ``.model``.
-      frames: structures, by name if you like; by default :func:`structures`.
+      frames: structures, by name if you like; by default :func:`structures`. Features that the
+        model reads and they lack (total charge, …) are drawn at random.
       dtype: that both compute in. Isolated-atom energies are summed in float64 in either.
 
     Returns:
@@ -106,70 +127,146 @@ def verify(
         frames = structures(model.atomic_numbers, model.r_max)
     elif not isinstance(frames, Mapping):
         frames = {f"frame {i}": atoms for i, atoms in enumerate(frames)}
-    ours = _ours(model, params, list(frames.values()), dtype)
-    theirs = _theirs(Path(model_path), list(frames.values()), dtype)
-    rows = [
-        _deviation(name, atoms, *results)
-        for (name, atoms), *results in zip(frames.items(), ours, theirs, strict=True)
-    ]
+    atoms = with_features(list(frames.values()), model)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    rows = []
+    with _Torch(Path(model_path), dtype) as theirs:
+        for head in model.heads:
+            dataset = data.prepare([data.from_atoms(a) for a in atoms], model, head=head)
+            here, there = ours(model, params, dataset, dtype), theirs.evaluate(dataset, atoms)
+            for name, a, mine, its in zip(frames, atoms, here, there, strict=True):
+                rows.append(_deviation(name, head, a, mine, its))
     return Report(Path(model_path), dtype, tuple(rows))
 
 
+def with_features(frames: Sequence[ase.Atoms], model: Potential) -> list[ase.Atoms]:
+    """Copies of ``frames`` with random values of what the model reads and they lack."""
+    rng = np.random.default_rng(3)
+    copies = [atoms.copy() for atoms in frames]
+    for atoms in copies:
+        for spec in model.embeddings:
+            known = data.features_of(atoms).keys()
+            if known & {spec.name, *data.USUAL.get(spec.name, ())}:
+                continue
+            size = (len(atoms),) if spec.per == "atom" else ()
+            value: Any
+            if spec.num_classes is None:
+                value = rng.normal(size=(*size, spec.in_dim) if spec.in_dim > 1 else size)
+            else:
+                low = -spec.offset
+                high = spec.num_classes - spec.offset
+                value = rng.integers(max(low, -3), min(high, 5), size)
+            if spec.per == "atom":
+                atoms.arrays[spec.name] = value
+            else:
+                atoms.info[spec.name] = value
+    return copies
+
+
 @dataclass(frozen=True, eq=False)
-class _Result:
+class Result:
+    """What either says of one structure, in float64."""
+
     energy: float
+    """eV, isolated-atom energies left out."""
     forces: np.ndarray
-    stress: np.ndarray
+    """[n, 3] eV/Å; NaN where torch has none."""
+    virial: np.ndarray
+    """[3, 3] eV, stress times volume."""
+    volume: float
+    """Å³; 1 unless periodic in three directions."""
+    node_energy: np.ndarray
+    """[n] eV, isolated-atom energies left out."""
 
 
-def _deviation(name: str, atoms: ase.Atoms, ours: _Result, theirs: _Result) -> Deviation:
-    stress = float(np.abs(ours.stress - theirs.stress).max()) if atoms.pbc.all() else None
-    return Deviation(
-        name,
-        len(atoms),
-        abs(ours.energy - theirs.energy) / len(atoms),
-        float(np.abs(ours.forces - theirs.forces).max()),
-        stress,
-    )
+def _deviation(name: str, head: str, atoms: ase.Atoms, ours: Result, theirs: Result) -> Deviation:
+    stress, forces = None, None
+    if np.isfinite(theirs.forces).all():
+        forces = float(np.abs(ours.forces - theirs.forces).max())
+        if atoms.pbc.all():
+            stress = float(np.abs(ours.virial - theirs.virial).max()) / ours.volume
+    energy = abs(ours.energy - theirs.energy) / len(atoms)
+    return Deviation(name, head, len(atoms), energy, forces, stress)
 
 
-def _ours(model: Potential, params: Params, frames: list[ase.Atoms], dtype: str) -> list[_Result]:
-    dataset = data.prepare([data.from_atoms(atoms) for atoms in frames], model)
-    (batch,) = data.epoch(dataset, len(frames), dtype=dtype)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    out = jax.jit(lambda params, graph: predict(model, params, graph))(params, batch.graph)
-    ends = np.cumsum([len(atoms) for atoms in frames])
-    forces = np.split(np.asarray(out.forces, np.float64)[: ends[-1]], ends[:-1])
-    e0s = dict(zip(model.atomic_numbers, model.e0s[0], strict=True))
+_predict = jax.jit(predict, static_argnums=0)  # heads share what is compiled
+
+
+def ours(model: Potential, params: Params, dataset: data.Dataset, dtype: str) -> list[Result]:
+    """jaxft's results of a dataset, as one batch; ``params`` have the dtype."""
+    (batch,) = data.epoch(dataset, len(dataset), dtype=dtype)
+    out = _predict(model, params, batch.graph)
+    ends = np.cumsum([len(frame) for frame in dataset.frames])
+
+    def split(values: Any) -> list[np.ndarray]:
+        return np.split(np.asarray(values, np.float64)[: ends[-1]], ends[:-1])
+
+    volume = np.asarray(batch.graph.volume, np.float64)
+    virial = np.asarray(out.stress, np.float64) * volume[:, None, None]
+    atoms = zip(split(out.forces), split(out.node_energy), strict=True)
     return [
-        _Result(
-            float(out.energy[g]) + sum(e0s[z] for z in atoms.numbers.tolist()),
-            forces[g],
-            np.asarray(out.stress[g], np.float64),
-        )
-        for g, atoms in enumerate(frames)
+        Result(float(out.energy[g]), forces, virial[g], float(volume[g]), node_energy)
+        for g, (forces, node_energy) in enumerate(atoms)
     ]
 
 
-def _theirs(path: Path, frames: list[ase.Atoms], dtype: str) -> list[_Result]:
-    with torch_and_mace(dtype) as (torch, _):
-        module = torch.load(path, map_location="cpu", weights_only=False)
-        e0s = np.atleast_2d(module.atomic_energies_fn.atomic_energies.double().numpy())[0]
-        module = module.to(getattr(torch, dtype))
+class _Torch:
+    """mace-torch with a file loaded, and torch's global state as before afterwards."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._context = torch_and_mace(dtype)
+        self._path, self._dtype = path, dtype
+
+    def __enter__(self) -> _Torch:
+        self._torch, _ = self._context.__enter__()
+        module = self._torch.load(self._path, map_location="cpu", weights_only=False)
+        self._module = module.to(getattr(self._torch, self._dtype))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def evaluate(self, dataset: data.Dataset, frames: Sequence[ase.Atoms]) -> list[Result]:
+        """As :func:`ours`; ``frames`` are the dataset's."""
+        torch, module = self._torch, self._module
         batch = _torch_batch(module, frames)
-        out = module(batch, compute_force=True, compute_stress=True)
-        rows = batch["node_attrs"].argmax(dim=1).numpy()
-        atoms = np.split(np.arange(len(rows)), np.cumsum([len(f) for f in frames])[:-1])
-        energy = out["interaction_energy"].detach().double().numpy()
-        forces = out["forces"].detach().double().numpy()
-        stress = out["stress"].detach().double().numpy()
-    return [
-        _Result(float(energy[g] + e0s[rows[chosen]].sum()), forces[chosen], stress[g])
-        for g, chosen in enumerate(atoms)
-    ]
+        samples = dataset.samples
+        batch["head"] = torch.tensor([sample.head for sample in samples])
+        for name in samples[0].features:
+            join = np.concatenate if name in dataset.per_atom else np.stack
+            values = join([sample.features[name] for sample in samples])
+            batch[name] = torch.tensor(values, dtype=getattr(torch, self._dtype))
+        # torch has no derivative of Chebyshev's polynomials
+        can = type(module.radial_embedding.bessel_fn).__name__ != "ChebychevBasis"
+        out = module(batch, compute_force=can, compute_virials=can, compute_stress=can)
+        counts = [len(atoms) for atoms in frames]
+        e0s = np.atleast_2d(_numpy(module.atomic_energies_fn.atomic_energies))
+        rows = np.split(batch["node_attrs"].argmax(dim=1).numpy(), np.cumsum(counts)[:-1])
+        own = [e0s[sample.head, row] for sample, row in zip(samples, rows, strict=True)]
+        nothing = np.full((sum(counts), 3), np.nan)
+        forces = np.split(_numpy(out["forces"]) if can else nothing, np.cumsum(counts)[:-1])
+        node_energy = np.split(_numpy(out["node_energy"]), np.cumsum(counts)[:-1])
+        virials = -_numpy(out["virials"]) if can else np.full((len(frames), 3, 3), np.nan)
+        energy = self._interaction(out, own)
+        return [
+            Result(energy[g], forces[g], virials[g], samples[g].volume, node_energy[g] - own[g])
+            for g in range(len(frames))
+        ]
+
+    def _interaction(self, out: Mapping[str, Any], e0s: Sequence[np.ndarray]) -> list[float]:
+        """Energies without those of isolated atoms; in float32 their sum would drown the rest."""
+        if hasattr(self._module, "embedding_readout"):  # counted with the isolated atoms
+            return [float(e - e0.sum()) for e, e0 in zip(_numpy(out["energy"]), e0s, strict=True)]
+        if "interaction_energy" in out:
+            return _numpy(out["interaction_energy"]).tolist()
+        return _numpy(out["contributions"])[:, 1:].sum(axis=1).tolist()
 
 
-def _torch_batch(module: Any, frames: list[ase.Atoms]) -> dict[str, Any]:
+def _numpy(tensor: Any) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def _torch_batch(module: Any, frames: Sequence[ase.Atoms]) -> dict[str, Any]:
     from mace import data as mace_data
     from mace.tools import AtomicNumberTable
     from mace.tools.torch_geometric.batch import Batch

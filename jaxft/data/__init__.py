@@ -1,6 +1,7 @@
 """Frames, neighbour lists and batches."""
 
 from jaxft.data.batches import (
+    USUAL,
     Dataset,
     Shape,
     check_elements,
@@ -30,6 +31,7 @@ from jaxft.data.frames import (
 
 __all__ = [
     "ISOLATED_ATOM",
+    "USUAL",
     "Coverage",
     "Dataset",
     "Frame",
