@@ -5,8 +5,8 @@ URLs are those of mace-torch 0.3.16 (``mace/calculators/foundations_models.py``)
 OFF24, which that list lacks and the repository ACEsuit/mace-off holds.
 
 Digests have two origins, told apart by :attr:`Published.sha256_from`: the MACE authors' own
-reference figures (``tests/golden`` of ACEsuit/mace), and a third party's list of pinned releases,
-which agrees with the authors' on the three files that both have.
+reference figures (``tests/golden`` of ACEsuit/mace), and third parties' public lists of pinned
+releases, which agree with the authors' where both have a file. Sizes come from such lists too.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def _row(
     academic: bool = False,
     authors: str | None = None,
     reported: str | None = None,
+    size: int | None = None,
 ) -> Published:
     return Published(
         name=name,
@@ -90,6 +91,7 @@ def _row(
         citation=citation,
         family=family,
         licence_url=ASL_URL if academic else None,
+        size=size,
         sha256=authors or reported,
         sha256_from="authors" if authors else "reported" if reported else None,
     )
@@ -103,6 +105,7 @@ _ROWS = (
         _MP,
         aliases=("small",),
         authors="2ddb079cee0e131eaaf6912ba581b394551ead283e95c99cfe78c605d10b5736",
+        size=32_581_838,
     ),
     _row(
         "mace-mp-0-medium",
@@ -110,6 +113,8 @@ _ROWS = (
         "residual blocks, 128x0e+128x1o, r_max 6 Å, 89 elements",
         _MP,
         aliases=("medium",),
+        reported="01bfe22100139f424713cf921144e5509cbe353d67aa9fa1be9c6e1e0ed35845",
+        size=44_422_970,
     ),
     # The README of ACEsuit/mace-foundations links another file as "large":
     # 2024-01-07-mace-128-L2_epoch-199.model. This is mace-torch's.
@@ -175,6 +180,7 @@ _ROWS = (
         _MP,
         aliases=("medium-mpa-0",),
         authors="75428afe3a1d7d8062e19bcaabd5c433623cabf308242ec9fb493e38604fb638",
+        size=79_462_305,
     ),
     _row(
         "mace-omat-0-small",
@@ -200,6 +206,8 @@ _ROWS = (
         "OMAT-0 medium fine-tuned to PBE, 89 elements",
         _MP,
         academic=True,
+        reported="e618ad582b84239905b9c3b77ce6e9ce111b0ecd1533223a1a6aac7a696b8aa0",
+        size=79_471_284,
     ),
     _row(
         "mace-matpes-r2scan-0",
@@ -207,6 +215,8 @@ _ROWS = (
         "OMAT-0 medium fine-tuned to r2SCAN, 89 elements",
         _MP,
         academic=True,
+        reported="8f147ecffa1d06a696e5648b13b81abda9c96fda9d0fb3faba3cd3fb27d9bba9",
+        size=79_470_738,
     ),
     _row(
         "mace-mh-0",
@@ -222,6 +232,8 @@ _ROWS = (
         "non-linear blocks, six heads, 512x0e+512x1o, r_max 6 Å, 89 elements",
         _MH,
         academic=True,
+        reported="a522eb7f59c7879963d41586528f4980baf33e086c94aa92e3eafdeccad3be47",
+        size=59_208_139,
     ),
     _row(
         "mace-off23-small",

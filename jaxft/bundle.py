@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def save(
     params: Params,
     *,
     provenance: Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write a bundle; the folder appears complete or not at all.
 
@@ -54,6 +55,7 @@ def save(
       model: the potential.
       params: its parameters.
       provenance: anything JSON can hold: source file and hash, settings, data.
+      allow_nonfinite: accept NaN and infinity; the bundle says where they are, and loads.
 
     Raises:
       FileExistsError: ``path`` exists; nothing is overwritten.
@@ -62,7 +64,8 @@ def save(
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
-    check(model, flat, source="the model to be saved")
+    wrong = _nonfinite({**model.buffers, **flat})
+    check(model, flat, source="the model to be saved", nonfinite=wrong if allow_nonfinite else ())
     arrays = {f"params/{name}": leaf for name, leaf in flat.items()}
     arrays |= {f"buffers/{name}": np.asarray(value) for name, value in model.buffers.items()}
     document = {
@@ -71,6 +74,8 @@ def save(
         "model": model.config.model_dump(mode="json"),
         "provenance": dict(provenance or {}),
     }
+    if wrong:
+        document["nonfinite"] = wrong
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         (scratch / MODEL).write_text(json.dumps(document, indent=1) + "\n")
@@ -106,11 +111,11 @@ def load(path: str | Path, *, dtype: str | None = None) -> tuple[Potential, Para
 def load_numpy(path: str | Path) -> tuple[Potential, Params, dict[str, Any]]:
     """Potential, parameters as stored, provenance; errors as :func:`load`, save for dtypes."""
     path = Path(path)
-    config, provenance = read_model(path)
+    config, provenance, nonfinite = _read_document(path)
     arrays = _read_arrays(path / ARRAYS)
     flat = _under(arrays, "params/")
     model = Potential(config, _under(arrays, "buffers/"))
-    check(model, flat, source=str(path))
+    check(model, flat, source=str(path), nonfinite=nonfinite)
     return model, tree.unflatten(flat), provenance
 
 
@@ -149,7 +154,12 @@ def require_dtype(dtype: str) -> str:
 
 def read_model(path: str | Path) -> tuple[MACEConfig, dict[str, Any]]:
     """Architecture and provenance of a bundle, without its numbers; errors as :func:`load`."""
-    path = Path(path)
+    config, provenance, _ = _read_document(Path(path))
+    return config, provenance
+
+
+def _read_document(path: Path) -> tuple[MACEConfig, dict[str, Any], list[str]]:
+    """Architecture, provenance, and the paths of the numbers that need not be finite."""
     file = path / MODEL
     if not file.is_file() or not (path / ARRAYS).is_file():
         raise BundleError(
@@ -168,7 +178,7 @@ def read_model(path: str | Path) -> tuple[MACEConfig, dict[str, Any]]:
         config, provenance = MACEConfig.model_validate(document["model"]), document["provenance"]
         if not isinstance(provenance, dict):
             raise BundleError(f"{file}: provenance is no mapping; the bundle was edited.")
-        return config, provenance
+        return config, provenance, [str(name) for name in document.get("nonfinite", [])]
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{file} is not JSON ({error}); the bundle is damaged.") from error
     except (KeyError, AttributeError, TypeError, ValidationError) as error:
@@ -192,11 +202,22 @@ def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarra
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-def check(model: Potential, flat: Mapping[str, np.ndarray], *, source: str) -> None:
-    """Raises BundleError unless ``{path: leaf}`` are finite and exactly the model's parameters."""
+def check(
+    model: Potential,
+    flat: Mapping[str, np.ndarray],
+    *,
+    source: str,
+    nonfinite: Collection[str] = (),
+) -> None:
+    """Raises BundleError unless ``{path: leaf}`` are finite and exactly the model's parameters.
+
+    Paths among ``nonfinite`` may hold NaN and infinity.
+    """
     if E0_BUFFER not in model.buffers:
         raise BundleError(f"{source} lacks the constant {E0_BUFFER}; it is damaged.")
-    _check_numbers({**model.buffers, **flat}, source)
+    wrong = sorted(set(_nonfinite({**model.buffers, **flat})) - set(nonfinite))
+    if wrong:
+        raise BundleError(f"{source} holds non-finite numbers in {', '.join(wrong)}.")
     dtypes = sorted({array.dtype.name for array in flat.values()})
     if len(dtypes) != 1 or dtypes[0] not in DTYPES:
         raise BundleError(
@@ -222,7 +243,5 @@ def check(model: Potential, flat: Mapping[str, np.ndarray], *, source: str) -> N
         )
 
 
-def _check_numbers(arrays: Mapping[str, np.ndarray], source: str) -> None:
-    wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if wrong:
-        raise BundleError(f"{source} holds non-finite numbers in {', '.join(wrong)}.")
+def _nonfinite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    return [name for name, array in arrays.items() if not np.isfinite(array).all()]

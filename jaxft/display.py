@@ -35,8 +35,11 @@ class Display:
         self._has_heading = False
 
     @contextmanager
-    def counter(self, *, label: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar (only on a terminal) moved by calling the yielded function with (done, total)."""
+    def counter(self, *, label: str) -> Iterator[Callable[[int, int | None], None]]:
+        """A bar (only on a terminal) moved by calling the yielded function with (done, total).
+
+        The total may be unknown, None.
+        """
         if self.console is None or not self.console.is_terminal:
             yield lambda done, total: None
             return
