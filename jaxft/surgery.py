@@ -301,7 +301,7 @@ def _with_heads(
         if path in buffers:
             values = np.asarray(buffers[path]).reshape(-1)
             buffers[path] = np.broadcast_to(values, (count,))[rows]
-    for path in blocks:  # ones, which only an export reads
+    for path in blocks:  # e3nn's ones, as long as the outputs; nothing of ours reads them
         mask = f"{path.rpartition('/')[0]}/output_mask"
         if path.endswith("/0e") and mask in buffers:
             buffers[mask] = _gather(buffers[mask], [0], rows, count, 1.0)
