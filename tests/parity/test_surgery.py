@@ -81,15 +81,6 @@ def of_jaxft(model, params, frames, head=None):
     return energy, forces, np.asarray(out.stress)[len(frames) - 1]
 
 
-def exported(model, params, path):
-    """The torch module of a model; its constants have the shapes that torch gives them."""
-    again, _ = convert(export((model, params), path))
-    assert again.config == model.config
-    shapes = {key: np.shape(value) for key, value in again.buffers.items()}
-    assert {key: np.shape(value) for key, value in model.buffers.items()} == shapes
-    return reference.load(path)
-
-
 def assert_same(given, expected):
     for a, b in zip(given, expected, strict=True):
         np.testing.assert_allclose(a, b, **EXACT)
@@ -115,7 +106,7 @@ def test_a_grown_model_exported_says_of_old_heads_and_elements_what_it_said(
     head = model.heads[-1]
     model, params = grown(model, params, head, 27)
     assert model.atomic_numbers == (1, 8, 26, 27)
-    file = exported(model, params, tmp_path / "grown.model")
+    file = reference.load(export((model, params), tmp_path / "grown.model"))
     frames = frames_of(module, (1, 8, 26))
     for old in model.heads[:-1]:
         assert_same(of_torch(file, frames, old), of_torch(module, frames, old))
@@ -167,8 +158,27 @@ def test_one_head_and_two_elements_say_what_torch_says(converted, tmp_path, name
         path = bundle.save(tmp_path / "small.jaxft", small, fewer)
         assert_same(of_jaxft(*bundle.load(path), frames), expected)
     else:  # in torch, after an export
-        file = exported(small, fewer, tmp_path / "small.model")
+        file = reference.load(export((small, fewer), tmp_path / "small.model"))
         assert_same(of_torch(file, frames, head), expected)
+
+
+def layout(model, params):
+    """{path: (shape, dtype)} of parameters and constants."""
+    arrays = {**tree.flatten(params), **model.buffers}
+    return {path: (np.shape(array), np.asarray(array).dtype) for path, array in arrays.items()}
+
+
+@pytest.mark.parametrize("name", ["small-bias-heads", "small-embedding-readout"])
+def test_after_surgery_a_model_is_laid_out_as_torch_builds_such_a_model(converted, tmp_path, name):
+    _, model, params = converted(name)
+    bigger = grown(model, params, "cc", 27)
+    small = surgery.select_elements(*surgery.select_head(model, params, "cc"), [1, 26])
+    for i, (changed, leaves) in enumerate((bigger, small)):
+        heads, elements = list(changed.heads), changed.atomic_numbers
+        module = reference.build(name, heads=heads, elements=elements)
+        built = convert(reference.save(module, tmp_path / f"{i}.model"))
+        assert changed.config == built[0].config
+        assert layout(changed, leaves) == layout(*built)
 
 
 def test_no_head_is_added_where_torch_cannot_tell_heads_apart(converted):
