@@ -136,7 +136,8 @@ def _from_file(file: ModelFile, allow_nonfinite: bool) -> tuple[Potential, Param
 
 
 def _trained(file: ModelFile) -> set[str]:
-    return {name for name in file.parameters if not name.startswith(CONSTANT)}
+    named = file.parameters & file.tensors.keys()
+    return {name for name in named if not name.startswith(CONSTANT)}
 
 
 def _widened(dtypes: Sequence[np.dtype]) -> np.dtype:

@@ -323,7 +323,8 @@ def _fill(torch: Any, module: Any, tensors: Mapping[str, np.ndarray]) -> None:
         if name in tensors:
             tensor = torch.from_numpy(np.array(tensors[name]))
             if leaf in owner._parameters:
-                owner._parameters[leaf] = torch.nn.Parameter(tensor)
+                trained = owner._parameters[leaf].requires_grad  # not where a coupling is zero
+                owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=trained)
             else:
                 owner._buffers[leaf] = tensor
         elif name.endswith(OPTIONAL):

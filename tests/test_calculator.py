@@ -21,8 +21,9 @@ import jaxft
 from converters.to_jax import convert
 from jaxft.calculator import JaxftCalculator
 from jaxft.evaluate import predictions
+from jaxft.models.config import EmbeddingConfig
 from jaxft.potential import Prediction, predict
-from jaxft.surgery import set_e0s
+from jaxft.surgery import add_head, set_e0s
 
 TRAINED = Path(__file__).parents[1] / "benchmarks" / "data" / "gfn2_small.model"
 
@@ -458,12 +459,21 @@ def test_head_is_checked_by_name(tiny):
         JaxftCalculator(model, params, head="water")
 
 
-def test_a_model_of_several_heads_is_refused_by_name(tiny):
-    model, params = tiny
-    several = replace(model, config=model.config.model_copy(update={"heads": ("pbe", "rpbe")}))
+def test_a_model_of_several_heads_wants_to_know_which(tiny):
+    water = ase.build.molecule("H2O")
+    several = add_head(*tiny, "rpbe", e0s={1: -1.0, 8: -2.0})
     for head in (None, "pbe"):
-        with pytest.raises(ValueError, match="'pbe', 'rpbe'"):
-            JaxftCalculator(several, params, head=head)
+        with pytest.raises(ValueError, match="'Default', 'rpbe'"):
+            JaxftCalculator(*several, head=head)
+    energies = []
+    for head in ("Default", "rpbe"):
+        atoms = water.copy()
+        atoms.calc = JaxftCalculator(*several, head=head)
+        energies.append(atoms.get_potential_energy())
+    model = tiny[0]
+    own = {z: model.e0s[0, model.atomic_numbers.index(z)] for z in (1, 8)}
+    change = sum({1: -1.0, 8: -2.0}[z] - own[z] for z in water.numbers.tolist())
+    assert energies[1] - energies[0] == pytest.approx(change, abs=1e-9)
 
 
 def test_model_and_parameters_come_together(tiny, tmp_path):
@@ -474,3 +484,28 @@ def test_model_and_parameters_come_together(tiny, tmp_path):
         JaxftCalculator(tmp_path, params)
     with pytest.raises(ValueError, match="not a jaxft bundle"):
         JaxftCalculator(tmp_path)
+
+
+def test_a_change_of_charge_or_spin_is_a_change(tiny):
+    model, _ = tiny
+    charge = EmbeddingConfig(
+        name="total_charge", kind="categorical", per="graph", num_classes=11, offset=5, emb_dim=4
+    )
+    charged = replace(model, config=model.config.model_copy(update={"embeddings": (charge,)}))
+    params = charged.init(jax.random.key(0), dtype="float64")
+    atoms = ase.build.molecule("H2O")
+    atoms.calc = JaxftCalculator(charged, params)
+    neutral = atoms.get_potential_energy()
+    atoms.info["charge"] = 1
+    positive = atoms.get_potential_energy()
+    assert positive != neutral
+    atoms.info = {"total_charge": 0}
+    assert atoms.get_potential_energy() == neutral
+    assert atoms.calc.compilations == 1
+    for wrong, message in ((6, "from -5 to 5"), (0.5, "whole numbers")):
+        atoms.info = {"charge": wrong}
+        with pytest.raises(ValueError, match=message):
+            atoms.get_potential_energy()
+    atoms.info = {"charge": 1, "total_charge": 2}
+    with pytest.raises(ValueError, match="the same under both names"):
+        atoms.get_potential_energy()

@@ -75,9 +75,9 @@ def test_convert_info_and_convert_again(tiny_file: Path, tmp_path: Path) -> None
     assert run("convert", tiny_file, out).exit_code == 0
     of_bundle = json.loads(run("info", out, "--json").stdout)
     of_file = json.loads(run("info", tiny_file, "--json").stdout)
-    assert of_bundle == of_file
+    assert {key for key in of_file if of_file[key] != of_bundle[key]} == {"file", "writer"}
     assert of_file["heads"] == ["Default"]
-    assert set(of_file["e0s"]) == {"H", "C", "O", "Na", "Cl"}
+    assert set(of_file["e0s"]["Default"]) == {"H", "C", "O", "Na", "Cl"}
     assert "ScaleShiftMACE" in run("info", out).stdout
     again = run("convert", tiny_file, out)
     assert again.exit_code == 1

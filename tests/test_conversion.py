@@ -58,7 +58,8 @@ def assert_same_tensors(path, expected):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
         assert ours.numpy().tobytes() == theirs.numpy().tobytes(), name
     assert dict(found.named_parameters()).keys() == dict(expected.named_parameters()).keys()
-    assert all(p.requires_grad for p in found.parameters())
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad
 
 
 def calculate(path, frames, dtype="float64"):
@@ -343,33 +344,15 @@ def test_a_tensor_of_another_size_is_named(small_file):
         from_file(changed)
 
 
-BLOCKS = reference.modules.interaction_classes
-DENSITY = BLOCKS["RealAgnosticDensityResidualInteractionBlock"]
-PLAIN = BLOCKS["RealAgnosticInteractionBlock"]
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"interaction_cls": DENSITY}, "RealAgnosticDensityResidualInteractionBlock"),
-        ({"interaction_cls_first": PLAIN}, "RealAgnosticInteractionBlock"),
-        ({"pair_repulsion": True}, "pair_repulsion_fn"),
-        ({"distance_transform": "Agnesi"}, "AgnesiTransform"),
+        ({"blocks": "Att Att"}, "RealAgnosticAttResidualInteractionBlock"),
+        ({"gate": torch.nn.functional.relu}, "relu"),
         (
-            {"heads": ["dft", "cc"], "atomic_energies": np.zeros((2, 3))}
-            | {"atomic_inter_scale": [1.0, 1.0], "atomic_inter_shift": [0.0, 0.0]},
-            r"2 heads \(dft, cc\)",
-        ),
-        ({"radial_type": "gaussian"}, "GaussianBasis"),
-        ({"radial_type": "chebyshev"}, "ChebychevBasis"),
-        ({"use_last_readout_only": True}, "use_last_readout_only"),
-        ({"cls": reference.modules.MACE}, r"mace\.modules\.models\.MACE"),
-        ({"use_agnostic_product": True}, "use_agnostic_product"),
-        ({"gate": torch.tanh}, r"torch\.tanh"),
-        ({"apply_cutoff": False}, "apply_cutoff"),
-        (
-            {"readout_cls": reference.modules.blocks.NonLinearBiasReadoutBlock},
-            "NonLinearBiasReadoutBlock",
+            {"cls": reference.modules.MACE, "embedding_specs": reference.SMALL_CHARGE_AND_SPIN}
+            | {"heads": ["dft", "cc"], "use_embedding_readout": True},
+            "embedding readout of several heads in a plain MACE",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -378,3 +361,127 @@ def test_what_cannot_be_reproduced_is_refused_by_name(changes, reason, tmp_path)
     path = reference.save(small(**changes), tmp_path / "a.model")
     with pytest.raises(ModelFileError, match=reason):
         convert(path)
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute", "value", "reason"),
+    [
+        ("spherical_harmonics", "normalization", "norm", "spherical harmonics"),
+        ("interactions.0.conv_tp_weights.layer0", "var_in", 2.0, "variances other than 1"),
+        ("interactions.1.equivariant_nonlin", "_layout_is_ir_mul", True, "cuEquivariance"),
+        ("interactions.1.equivariant_nonlin", "_act_gate", torch.tanh, "silu and sigmoid"),
+        ("readouts.1", "num_heads", 3, "a readout has 3 heads, the model 1"),
+        ("", "heads", ["a", "b"], "has 1 rows, the heads are"),
+    ],
+)
+def test_attributes_that_change_the_function_are_refused(
+    module, attribute, value, reason, tmp_path
+):
+    model = small(blocks="R NL")
+    setattr(model.get_submodule(module), attribute, value)
+    with pytest.raises(ModelFileError, match=reason):
+        convert(reference.save(model, tmp_path / "a.model"))
+
+
+def test_networks_and_powers_that_are_not_known_are_refused(tmp_path):
+    model = small(blocks="R NL")
+    model.interactions[1].density_fn.net[2] = torch.nn.ReLU()
+    with pytest.raises(ModelFileError, match="ReLU"):
+        convert(reference.save(model, tmp_path / "a.model"))
+    model = small()
+    model.radial_embedding.cutoff_fn.p = torch.tensor(5.5)
+    with pytest.raises(ModelFileError, match=r"cutoff power 5\.5"):
+        convert(reference.save(model, tmp_path / "b.model"))
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name_unless_allowed(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model.interactions[1].linear_up.weight[3] = torch.nan
+    path = reference.save(model, tmp_path / "a.model")
+    with pytest.raises(ModelFileError, match=r"interactions\.1\.linear_up\.weight.*diverged"):
+        convert(path)
+    model, params = convert(path, allow_nonfinite=True)
+    with pytest.raises(bundle.BundleError, match="interactions_1/linear_up/0e"):
+        bundle.save(tmp_path / "a.jaxft", model, params)
+    bundle.save(tmp_path / "a.jaxft", model, params, allow_nonfinite=True)
+    _, again = bundle.load(tmp_path / "a.jaxft")
+    assert np.isnan(again["interactions_1"]["linear_up"]["0e"]).sum() == 1
+    assert (
+        torch.isnan(
+            reference.load(export(tmp_path / "a.jaxft", tmp_path / "back.model"))
+            .interactions[1]
+            .linear_up.weight
+        ).sum()
+        == 1
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_files_are_widened_exactly(dtype, tmp_path):
+    model = small().to(getattr(torch, dtype))
+    converted, params = convert(reference.save(model, tmp_path / "a.model"))
+    wide = convert(reference.save(model.float(), tmp_path / "b.model"))
+    assert bundle.stored_dtype(params) == "float32"
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(wide[1]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for name, buffer in converted.buffers.items():
+        np.testing.assert_array_equal(buffer, wide[0].buffers[name])
+    assert verify(export((converted, params), tmp_path / "back.model"), dtype="float32").agrees
+
+
+def test_a_checkpoint_converts_like_the_model_it_belongs_to(small_file, tmp_path):
+    model = small(seed=7)
+    torch.save({"model": model.state_dict(), "optimizer": {}}, tmp_path / "a.pt")
+    with pytest.raises(ModelFileError, match="--like"):
+        convert(tmp_path / "a.pt")
+    ours = convert(tmp_path / "a.pt", like=small_file)
+    whole = convert(reference.save(model, tmp_path / "a.model"))
+    assert ours[0].config == whole[0].config
+    for mine, theirs in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(whole[1]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+# --- every option ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in reference.OPTIONS if n != "small-attention"])
+def test_every_option_survives_the_round_trip_bit_for_bit(name, tmp_path):
+    model = reference.build(name)
+    path = reference.save(model, tmp_path / "a.model")
+    back = round_trip(path, tmp_path)
+    if name != "small-trainable":  # what torch's fine-tuning made parameters are constants again
+        assert_same_tensors(back, path)
+    assert convert(back)[0].config == convert(path)[0].config
+    again = reference.load(back)
+    own = [{k for k in m.__dict__ if not k.startswith("_")} for m in (model, again)]
+    assert type(again) is type(model)
+    assert own[0] == own[1]
+    frames = list(structures(convert(path)[0].atomic_numbers, 4.5).values())[:4]
+    features = reference.random_features(model, frames)
+    theirs = reference.evaluate(model, frames, features=features)
+    for ours, expected in zip(
+        reference.evaluate(again, frames, features=features), theirs, strict=True
+    ):
+        # tensors are equal bit for bit, but their alignment in memory decides what BLAS does
+        size = np.nanmax(np.abs(expected), initial=0.0)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-13 * max(size, 1.0))
+
+
+def test_a_state_dict_is_the_modules_own(tmp_path):
+    model = reference.build("small-mh-1")
+    path = reference.save(model, tmp_path / "a.model")
+    export(convert(path), tmp_path / "a.pt", state_dict=True)
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_transform_that_mace_no_longer_has_is_not_exported(tmp_path):
+    model, params = convert(reference.save(small(distance_transform="Soft"), tmp_path / "a.model"))
+    old = dataclasses.replace(
+        model, config=model.config.model_copy(update={"distance_transform": "Soft 0.3.6"})
+    )
+    with pytest.raises(ValueError, match=r"Soft until 0\.3\.9"):
+        export((old, params), tmp_path / "b.model")
+    assert not (tmp_path / "b.model").exists()
