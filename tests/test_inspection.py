@@ -19,11 +19,13 @@ from rich.console import Console
 
 import jaxft
 from converters import inspect as inspecting
-from converters.inspect import ARCHITECTURES, VERSIONS, inspect, nearest, writer
+from converters.architectures import ARCHITECTURES, nearest
+from converters.inspect import inspect
 from converters.published import PUBLISHED
 from converters.reader import ModelFile, ModelFileError, read
 from converters.to_jax import convert_with_provenance
-from jaxft import inspection
+from converters.writer import VERSIONS, writer
+from jaxft import inspection, page
 from jaxft.models.config import (
     EmbeddingConfig,
     GateConfig,
@@ -373,7 +375,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(
 
 def drawn(symbols: list[str]) -> list[list[str]]:
     console = Console(file=io.StringIO(), width=100)
-    console.print(inspection.grid(symbols))
+    console.print(page.grid(symbols))
     return [line.split() for line in console.file.getvalue().splitlines()]
 
 
@@ -563,7 +565,7 @@ def test_the_page_tells_same_closest_and_unpublished_apart(tiny_file: Path) -> N
     found = inspect(tiny_file)
 
     def line(config: MACEConfig) -> str:
-        return dict(inspection.rows(found | {"nearest": nearest(config)}))["architecture"]
+        return dict(page.rows(found | {"nearest": nearest(config)}))["architecture"]
 
     assert line(architecture(**B3)) == (
         "same architecture as mace-mp-0b3-medium; as far as published as mace-mpa-0-medium, "

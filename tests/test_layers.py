@@ -21,7 +21,7 @@ LAYERS = {
     3: ["potential", "loss", "surgery", "testing"],
     4: ["train", "evaluate", "bundle", "describe", "e0s", "checkpoint", "display", "optimizer"],
     5: ["fit", "calculator"],
-    6: ["cli", "config", "run", "presets", "inspection"],
+    6: ["cli", "config", "run", "presets", "inspection", "page"],
 }
 """Parts of jaxft by layer, as in docs/architecture.md; a part imports its own layer or lower."""
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch_files as tf
 
-from converters import reader, unpickle
+from converters import container, reader, unpickle
 from converters.reader import ModelFileError, irreps, read
 
 ROOT = Path(__file__).parents[1]
@@ -293,7 +293,7 @@ def test_large_files_are_held_once(tmp_path, write):
     assert file.tensors["x"].size == size
     # The new format's reader checks a member while it joins its parts; the old one fills in place.
     # Its pickles are looked for in the first 32 MiB, of which one copy comes and goes.
-    assert peak < 1.1 * len(content) + (reader.MAX_PICKLE if write is tf.forge_legacy else 0)
+    assert peak < 1.1 * len(content) + (container.MAX_PICKLE if write is tf.forge_legacy else 0)
 
 
 def test_classes_come_with_their_source_in_the_old_format(tmp_path):
@@ -774,7 +774,7 @@ def test_files_of_others_are_refused(tmp_path, monkeypatch):
     def forbidden(path, flags):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(reader.os, "open", forbidden)  # root may read everything
+    monkeypatch.setattr(container.os, "open", forbidden)  # root may read everything
     refuse(tf.forge(tmp_path / "m.model", tf.mace()), r"cannot be opened \(Permission denied\)")
 
 
@@ -870,7 +870,7 @@ def test_duplicate_members_are_refused(tmp_path):
 
 
 def test_crowds_of_members_are_refused(tmp_path):
-    crowd = {f"m/data/{i}": b"" for i in range(reader.MAX_MEMBERS)}
+    crowd = {f"m/data/{i}": b"" for i in range(container.MAX_MEMBERS)}
     refuse(tf.forge(tmp_path / "m.model", tf.mace(), members=crowd), "at most")
 
 
@@ -904,7 +904,7 @@ def test_sizes_are_capped(tmp_path, monkeypatch):
     tf.forge(repeated, tf.mace(buffers=buffers), members={"m/data/0": bytes(36_000)})
     with pytest.raises(ModelFileError, match=r"tensors have more than max_bytes"):
         read(repeated, max_bytes=1 << 20)
-    monkeypatch.setattr(reader, "MAX_PICKLE", 10)
+    monkeypatch.setattr(container, "MAX_PICKLE", 10)
     refuse(path, "more than 10")
 
 
