@@ -92,7 +92,7 @@ def models(as_json: Json = False) -> None:
 
     rows = registry.table()
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str))
         return
     table = Table(title="jaxft convert NAME OUT.jaxft", title_justify="left")
     for heading in ("name", "licence", "sha256", "here", "architecture"):

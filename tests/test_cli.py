@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import ase
 import ase.io
+import jax
 import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import jaxft
-from jaxft import bundle, tree
+from converters import registry
+from jaxft import bundle, surgery, tree
 from jaxft.cli import app
 from jaxft.data import Frame
 
@@ -376,3 +381,124 @@ def test_a_diverged_run_exits_with_3_names_the_frames_and_keeps_a_good_state(
     assert "frames.xyz:" in result.output
     assert any((tmp_path / "run" / "checkpoints").iterdir())
     assert not (tmp_path / "run" / "model.jaxft").exists()
+
+
+@pytest.fixture
+def two_heads(tiny: tuple, folder: Path, tmp_path: Path) -> Path:
+    """A bundle with the heads ``Default`` and ``dft``, which differ by their E0s."""
+    model, params = surgery.add_head(*tiny, "dft", e0s={1: -20.0})
+    return jaxft.save(tmp_path / "two.jaxft", model, params)
+
+
+def test_a_head_must_be_chosen_where_there_are_several(
+    two_heads: Path, folder: Path, settings: dict, tmp_path: Path
+) -> None:
+    settings |= {"model": str(two_heads), "epochs": 1}
+    for words in (
+        ("predict", two_heads, folder / "frames.xyz", tmp_path / "out.xyz"),
+        ("evaluate", "errors", two_heads, folder / "frames.xyz"),
+        ("finetune", config_file(tmp_path, settings)),
+    ):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert "the model's heads are 'Default', 'dft'" in result.output
+    assert not (tmp_path / "run").exists()
+    errors = {
+        head: json.loads(
+            run(
+                "evaluate", "errors", two_heads, folder / "frames.xyz", "--head", head, "--json"
+            ).stdout
+        )["total"]["energy"]["mae"]
+        for head in ("Default", "dft")
+    }
+    assert errors["dft"] != errors["Default"]
+
+
+def test_a_head_is_fine_tuned_and_the_other_stays_in_the_bundle(
+    two_heads: Path, settings: dict, tmp_path: Path
+) -> None:
+    settings |= {"model": str(two_heads), "head": "dft", "e0s": {"H": -21.0}}
+    settings["e0s"] |= dict.fromkeys(("C", "O", "Na", "Cl"), 0.0)
+    result = run("finetune", config_file(tmp_path, settings), "epochs=1")
+    assert result.exit_code == 0, result.output
+    base, tuned = (bundle.load(path)[0] for path in (two_heads, tmp_path / "run" / "model.jaxft"))
+    assert tuned.heads == ("Default", "dft")
+    np.testing.assert_array_equal(tuned.e0s[0], base.e0s[0])
+    assert tuned.e0s[1, tuned.atomic_numbers.index(1)] == -21.0
+
+
+def test_convert_keeps_the_head_and_the_elements_that_are_asked_for(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "h2o.jaxft"
+    assert run("convert", tiny_file, out, "--elements", "O, H", "--head", "Default").exit_code == 0
+    model, _ = bundle.load(out)
+    assert model.atomic_numbers == (1, 8)
+    provenance = json.loads(run("info", out, "--json").stdout)["provenance"]
+    assert (provenance["elements"], provenance["head"]) == (["O", "H"], "Default")
+    for wrong, reason in (("--head", "Xx"), ("--elements", "Xx")):
+        result = run("convert", tiny_file, tmp_path / "no.jaxft", wrong, "Xx")
+        assert result.exit_code == 1
+        assert re.search(reason, result.output)
+    assert not (tmp_path / "no.jaxft").exists()
+
+
+def test_convert_by_name_asks_for_the_licence_first(tmp_path: Path) -> None:
+    result = run("convert", "mace-mh-1", tmp_path / "a.jaxft")
+    assert result.exit_code == 1
+    assert "--accept-license" in result.output
+    result = run("convert", "mace-mp-0b3-mediun", tmp_path / "a.jaxft")
+    assert result.exit_code == 1
+    assert "mace-mp-0b3-medium" in result.output
+
+
+def test_convert_by_name_uses_the_cache_and_says_the_licence(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = replace(
+        registry.resolve("mace-mp-0b3-medium"),
+        sha256=hashlib.sha256(tiny_file.read_bytes()).hexdigest(),
+        size=None,
+    )
+    monkeypatch.setattr(registry, "PUBLISHED", {entry.name: entry})
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    shutil.copy(tiny_file, tmp_path / entry.file)
+    result = run("convert", "medium-0b3", tmp_path / "a.jaxft")
+    assert result.exit_code == 0, result.output
+    assert "licence MIT" in result.output
+    assert "arXiv:2401.00096" in result.output
+    listed = json.loads(run("models", "--json").stdout)
+    assert [(row["name"], row["cached"]) for row in listed] == [
+        (entry.name, str(tmp_path / entry.file))
+    ]
+    assert "mace-mp-0b3-medium" in run("models").stdout
+
+
+def test_verify_golden_without_figures_says_for_what_there_are_some(tiny_file: Path) -> None:
+    result = run("verify", "--golden", tiny_file)
+    assert result.exit_code == 1
+    assert "MACE-MPA-0 medium" in result.output
+
+
+@pytest.mark.torch
+def test_verify_and_export_a_state_dict(tiny_file: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("mace")
+    result = run("verify", tiny_file)
+    assert result.exit_code == 0
+    assert "triclinic crystal" in result.output
+    assert run("convert", tiny_file, tmp_path / "a.jaxft").exit_code == 0
+    assert run("export", tmp_path / "a.jaxft", tmp_path / "a.pt", "--state-dict").exit_code == 0
+    weights = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert weights["interactions.0.linear_up.weight"].dtype == torch.float64
+    result = run("convert", tmp_path / "a.pt", tmp_path / "b.jaxft")
+    assert result.exit_code == 1
+    assert "--like" in result.output
+    assert (
+        run("convert", tmp_path / "a.pt", tmp_path / "b.jaxft", "--like", tiny_file).exit_code == 0
+    )
+    for one, other in zip(
+        *(jax.tree.leaves(bundle.load(tmp_path / name)[1]) for name in ("a.jaxft", "b.jaxft")),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
