@@ -33,11 +33,10 @@ FULL_SIZE = tuple(reference.PUBLISHED) if ALL else ("mp0-small", "mp0-medium", "
 OPTIONS = tuple(name for name in reference.OPTIONS if name != "small-attention")
 
 # Absolute bounds of energy (eV/atom), forces (eV/Å) and stress (eV/Å³). In float64 they leave room
-# for other BLAS libraries; in float32 they are below the errors of any potential.
+# for other BLAS libraries. In float32 they are below the errors of any potential, or else thrice
+# what rounding does to torch itself: two float32 results are as far apart as both are from truth.
 FLOAT64 = {"energy": 1e-10, "forces": 1e-9, "stress": 1e-10}
 FLOAT32 = {"energy": 1e-5, "forces": 1e-4, "stress": 1e-5}
-# Non-linear blocks widen float32 rounding: LayerNorm and gates.
-FLOAT32_NONLINEAR = {"energy": 1e-4, "forces": 1e-3, "stress": 1e-4}
 # torch keeps Clebsch-Gordan constants inside a float32 file, rounded; ours are exact.
 FLOAT64_OF_FLOAT32_FILE = {"energy": 1e-8, "forces": 1e-7, "stress": 1e-8}
 VIRIAL = 1e-9  # eV, of structures without a volume
@@ -149,6 +148,27 @@ def test_energies_forces_and_stresses_agree_in_float64(name, tmp_path, record_pr
     assert worst["virial"] <= VIRIAL
 
 
+def rounding_of_torch(module, model):
+    """Largest differences between torch in float32 and, with the same numbers, in float64."""
+    frames = list(structures(model.atomic_numbers, model.r_max).values())
+    atoms, features = given(module, frames)
+    periodic = [g for g, frame in enumerate(frames) if frame.pbc.all()]
+    counts = np.array([len(frame) for frame in frames])
+    worst = dict.fromkeys(FLOAT32, 0.0)
+    single = {h: reference.evaluate(module, atoms, head=h, features=features) for h in model.heads}
+    module.double()
+    for head, narrow in single.items():
+        wide = reference.evaluate(module, atoms, head=head, features=features)
+        found = {
+            "energy": (narrow.interaction - wide.interaction) / counts,
+            "forces": narrow.forces - wide.forces,
+            "stress": (narrow.stress - wide.stress)[periodic],
+        }
+        worst = {q: max(worst[q], float(np.abs(value).max())) for q, value in found.items()}
+    print("rounding of torch", worst)
+    return worst
+
+
 SOME = ("small-d", "small-mace-zbl-heads", "small-mh-1", "small-omol")
 
 
@@ -157,13 +177,14 @@ def test_energies_forces_and_stresses_agree_in_float32(name, tmp_path, record_pr
     module, model, params = case(name, tmp_path, "float32")
     found, size = deviations(module, model, params, "float32")
     worst = maxima(found, size, record_property)
-    nonlinear = any(block.is_nonlinear for block in model.config.interactions)
-    bounds = FLOAT32_NONLINEAR if nonlinear else FLOAT32
     assert 0.2 < size < 2000.0
+    bounds = FLOAT32
     # Total energies are not compared: torch's own sum of float32 E0s would be what is measured.
-    assert worst["energy"] <= bounds["energy"]
-    assert worst["forces"] <= bounds["forces"]
-    assert worst["stress"] <= bounds["stress"]
+    if any(worst[quantity] > bound for quantity, bound in bounds.items()):
+        rounding = rounding_of_torch(module, model)
+        bounds = {q: max(bound, 3 * rounding[q]) for q, bound in bounds.items()}
+    for quantity, bound in bounds.items():
+        assert worst[quantity] <= bound, quantity
 
 
 def test_a_float32_file_agrees_in_float64_to_the_rounding_of_its_constants(
