@@ -85,7 +85,7 @@ def test_the_cutoff_says_what_mace_says():
     found = radial.polynomial_cutoff(jnp.array([2.5, 4.9, 5.0]), 5.0, 6)
     assert found[0] == 0.85546875
     assert found[2] == 0.0
-    # 1 - u cancels 12 digits' worth near the end; the reference has nine
+    # nine digits are known; the terms cancel to about eleven
     np.testing.assert_allclose(found[1], 4.15457433e-4, rtol=1e-9)
 
 
