@@ -31,6 +31,7 @@ __all__ = ["MALFORMED", "ModelFile", "ModelFileError", "Node", "Reference", "irr
 MAX_ENTRIES = 50_000  # modules, parameters and buffers; real files have under 2 000
 MAX_DEPTH = 32
 MAX_NAME = 100
+MAX_TERMS = 4096  # irreps in one list; a tensor product of degrees up to 11 has a few hundred
 MAX_PATH = 500  # characters of a dotted name; real ones have under 100
 
 MODELS = ("mace.modules.models.MACE", "mace.modules.models.ScaleShiftMACE")
@@ -296,12 +297,16 @@ def irreps(value: Node | str) -> tuple[tuple[int, int, int], ...]:
       ((8, 0, 1), (8, 1, -1))
     """
     if isinstance(value, str):
+        if len(value) > 16 * MAX_TERMS:
+            raise ModelFileError(f"a list of irreps has {len(value)} characters; no MACE has that")
         terms = [_IRREP.fullmatch(term) for term in value.split("+")] if value.strip() else []
         if not all(terms):
             raise ModelFileError(f"{value[:80]!r} is not a sum of irreps such as '8x0e+8x1o'")
         return tuple((int(m[1] or 1), int(m[2]), 1 if m[3] == "e" else -1) for m in terms if m)
     try:
         (terms,) = value.args
+        if len(terms) > MAX_TERMS:
+            raise ModelFileError(f"an Irreps object has {len(terms)} terms; no MACE has that")
         parsed = tuple(_multiplicity(term) for term in terms)
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelFileError(f"{type(value).__name__} is not an Irreps object of e3nn") from error
