@@ -1,14 +1,15 @@
 """Damaged torch files by the thousand: the reader reads or refuses each one and does no harm.
 
-    python benchmarks/fuzz_reader.py --cases 40000
+    python benchmarks/fuzz_reader.py --cases 20000
+    python benchmarks/fuzz_reader.py --cases 10000 --convert
 
 Real files of several kinds of model (only the shipped one where torch is not installed), in both of
 torch's formats, are changed at random: bytes, instructions of the pickle inside a sound container,
-integers, strings, members and storages. Each must end in a model or in a ModelFileError, within a
-limit of time and memory, without importing anything. The cases run in a process of their own, which
-is replaced when it dies; each is made from the files, the seed and its number alone, and --keep
-FOLDER keeps those that fail. 40 000 cases take five to ten minutes on one core. Prints a table,
-writes results/fuzz_reader.json, and fails if any case did.
+numbers, strings, members and storages. Each must end in a model or in a ModelFileError, within a
+limit of time and memory, without importing anything; with --convert, in a model in JAX. The cases
+run in a process of their own, which is replaced when it dies; each is made from the files, the seed
+and its number alone, and --keep FOLDER keeps those that fail. 10 000 cases take two minutes on one
+core. Prints a table, writes its part of results/fuzz_reader.json, and fails if any case did.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import platform
 import random
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -51,7 +53,20 @@ MEMORY = 1 << 30  # bytes of address space beyond what the worker has at the sta
 CASES_PER_WORKER = 1000
 
 INTEGERS = (0, 1, 2, 3, -1, 7, 255, 256, 65535, 2**31 - 1, 2**31, -(2**31), 2**32, 2**62, 2**63)
-STRINGS = ("", ".", "..", "../data.pkl", "0", "1", "a" * 101, "\0", "é", "_modules", "_buffers")
+FLOATS = (0.0, -1.0, 0.5, 1e-308, 1e308, float("inf"), float("nan"))
+STRINGS = (
+    *("", ".", "..", "../data.pkl", "0", "1", "a" * 101, "\0", "é", "_modules", "_buffers"),
+    *(
+        "2x0e",
+        "2x0e+2x1o",
+        "2x0o",
+        "0e+0e",
+        "999999999x0e",
+        "1x11o",
+        "1x99e",
+        "+".join(["1e"] * 999),
+    ),
+)
 SNIPPETS = (
     *(b"cos\nsystem\n", b"cbuiltins\neval\n", b"\x8c\x02os\x8c\x06system\x93"),
     *(b"X\xff\xff\xff\xff", b"\x8d" + b"\xff" * 8, b"r\xff\xff\xff\xff", b"j\xff\xff\xff\xff"),
@@ -152,6 +167,7 @@ def built(folder: Path) -> Iterator[Base]:
         import torch
         from e3nn import o3
         from mace.modules import interaction_classes as blocks
+        from mace.modules.blocks import NonLinearBiasReadoutBlock
 
     small = {
         "hidden_irreps": o3.Irreps("2x0e+2x1o"),
@@ -180,6 +196,16 @@ def built(folder: Path) -> Iterator[Base]:
             "gate": torch.tanh,
             "atomic_energies": torch.ones(2, 3).numpy(),
             **heads,
+        },
+    }
+    spec = {"type": "categorical", "per": "graph", "num_classes": 5, "offset": 2, "emb_dim": 3}
+    families["embeddings"] = families["nonlinear"] | {
+        "readout_cls": NonLinearBiasReadoutBlock,
+        "apply_cutoff": False,
+        "use_embedding_readout": True,
+        "embedding_specs": {
+            "total_charge": spec,
+            "colour": {"type": "continuous", "per": "node", "in_dim": 2, "emb_dim": 3},
         },
     }
     for name, changes in families.items():
@@ -237,7 +263,9 @@ def flip_headers(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def literal(value: int | str) -> bytes:
+def literal(value: int | float | str) -> bytes:
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
     if isinstance(value, str):
         raw = value.encode()
         return b"X" + len(raw).to_bytes(4, "little") + raw
@@ -271,10 +299,10 @@ def insert_hostile(steps: list[bytes], rng: random.Random) -> None:
         steps.insert(rng.randrange(len(steps)), rng.choice(SNIPPETS))
 
 
-def change_integers(steps: list[bytes], rng: random.Random) -> None:
-    places = [i for i, step in enumerate(steps) if step[:1] in b"KMJ\x8a"]
+def change_numbers(steps: list[bytes], rng: random.Random) -> None:
+    places = [i for i, step in enumerate(steps) if step[:1] in b"KMJ\x8aG"]
     for i in rng.sample(places, min(len(places), rng.choice((1, 1, 2, 10)))):
-        steps[i] = literal(rng.choice((*INTEGERS, rng.randrange(100))))
+        steps[i] = literal(rng.choice((*INTEGERS, *FLOATS, *[rng.randrange(100)] * 5)))
 
 
 def change_memo(steps: list[bytes], rng: random.Random) -> None:
@@ -340,7 +368,7 @@ STEPS: dict[str, Callable[[list[bytes], random.Random], None]] = {
     "instructions swapped": swap_steps,
     "instructions flipped": flip_steps,
     "hostile instructions": insert_hostile,
-    "integers": change_integers,
+    "numbers": change_numbers,
     "strings": change_strings,
     "globals": change_globals,
     "memo": change_memo,
@@ -514,7 +542,7 @@ def report(
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("numpy", "ml_dtypes", "torch", "mace-torch", "e3nn"):
+    for name in ("numpy", "ml_dtypes", "torch", "mace-torch", "e3nn", "e3nn-jax", "pydantic"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -539,7 +567,7 @@ def print_table(document: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=40_000)
+    parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--convert", action="store_true", help="convert to JAX what can be read")
     parser.add_argument("--no-torch", action="store_true", help="only the shipped model")
@@ -558,9 +586,10 @@ def main() -> None:
             function(path, like=base.like)
         document = report(bases, options.seed, options.cases, function, options.keep)
     print_table(document)
-    if not options.convert:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    RESULT.parent.mkdir(exist_ok=True)
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found["convert" if options.convert else "read"] = document
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(bool(document["failures"]))
 
 

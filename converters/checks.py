@@ -18,6 +18,7 @@ from jaxft.models.config import InteractionConfig, MACEConfig
 from jaxft.models.irreps import tensor_product_paths
 
 MAX_DEGREE = 11  # of e3nn's spherical harmonics
+MAX_MULTIPLICITY = 1 << 20
 MAX_TERMS = 2 * (MAX_DEGREE + 1)  # each irrep once
 MAX_LAYERS = 32
 MAX_HEADS = 1000
@@ -25,7 +26,7 @@ MAX_NAME = 200  # characters of a head
 MAX_EMBEDDINGS = 100
 MAX_CORRELATION = 8
 MAX_INSTRUCTIONS = 10_000  # of one product; one of degrees 4 and 11 has a few hundred
-MAX_CHECKED = 200_000  # instructions and irreps of all modules; a three-layer MACE has some 1 000
+MAX_CHECKED = 50_000  # instructions and irreps of all modules; a three-layer MACE has some 1 000
 MAX_EFFORT = 300_000_000  # products of numbers that couplings may take, 5 ns each
 MAX_SHARING = 4  # bytes of tensors per byte of storage
 
@@ -66,8 +67,11 @@ def irreps_text(value: Any) -> str:
     """Irreps of features, where each occurs once, as the config has them."""
     terms = irreps(value)
     at_most(MAX_TERMS, terms, "irreps in one list")
-    if max((degree for _, degree, _ in terms), default=0) > MAX_DEGREE:
-        raise unsupported("irreps of too high a degree", f"degrees up to {MAX_DEGREE}")
+    if any(mul > MAX_MULTIPLICITY or degree > MAX_DEGREE for mul, degree, _ in terms):
+        raise unsupported(
+            "irreps of too high a degree or multiplicity",
+            f"degrees up to {MAX_DEGREE}, multiplicities up to {MAX_MULTIPLICITY}",
+        )
     return "+".join(f"{mul}x{_name(degree, parity)}" for mul, degree, parity in terms)
 
 

@@ -305,11 +305,11 @@ def irreps(value: Node | str) -> tuple[tuple[int, int, int], ...]:
         return tuple((int(m[1] or 1), int(m[2]), 1 if m[3] == "e" else -1) for m in terms if m)
     try:
         (terms,) = value.args
-        if len(terms) > MAX_TERMS:
-            raise ModelFileError(f"an Irreps object has {len(terms)} terms; no MACE has that")
-        parsed = tuple(_multiplicity(term) for term in terms)
+        parsed = tuple(_multiplicity(term) for term in terms[: MAX_TERMS + 1])
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelFileError(f"{type(value).__name__} is not an Irreps object of e3nn") from error
+    if len(parsed) > MAX_TERMS:
+        raise ModelFileError(f"an Irreps object has {len(terms)} terms; no MACE has that")
     for mul, degree, parity in parsed:
         if mul < 0 or degree < 0 or abs(parity) != 1:
             raise ModelFileError(

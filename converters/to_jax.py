@@ -105,6 +105,8 @@ def _from_file(file: ModelFile, allow_nonfinite: bool) -> tuple[Potential, Param
     rules = parameter_rules(config)
     trained = _trained(file)
     check_coverage(trained, (rule.name for rule in rules))
+    if any(file.tensors[name].dtype.kind in "iub" for name in trained):
+        raise ModelFileError(f"{file.path} has whole numbers among its parameters; it is damaged.")
     check_couplings(config, file)
     for name in ("scale", "shift"):
         check_heads(config, file, f"scale_shift.{name}", 1)
