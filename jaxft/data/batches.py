@@ -101,10 +101,11 @@ def prepare(
     width = row_width or _best_width(
         [np.bincount(e.receivers, minlength=len(f)) for e, f in zip(edges, frames, strict=True)]
     )
+    e0s = model.e0s[index]
     samples = []
     for frame, edge, given in zip(frames, edges, features, strict=True):
         species = np.searchsorted(present, frame.atomic_numbers)
-        e0 = float(model.e0s[index, table[frame.atomic_numbers]].sum())
+        e0 = float(e0s[table[frame.atomic_numbers]].sum())
         samples.append(_sample(frame, edge, species, e0, index, given, model.r_max, width))
     per_atom = frozenset(f.name for f in model.embeddings if f.per == "atom")
     rows = table[present].astype(np.int32)
