@@ -26,7 +26,7 @@ MAX_NAME = 200  # characters of a head
 MAX_EMBEDDINGS = 100
 MAX_CORRELATION = 8
 MAX_INSTRUCTIONS = 10_000  # of one product; one of degrees 4 and 11 has a few hundred
-MAX_CHECKED = 50_000  # instructions and irreps of all modules; a three-layer MACE has some 1 000
+MAX_CHECKED = 50_000  # instructions and irreps of all modules; published two-layer ones have 150
 MAX_EFFORT = 300_000_000  # products of numbers that couplings may take, 5 ns each
 MAX_SHARING = 4  # bytes of tensors per byte of storage
 
