@@ -502,7 +502,10 @@ def test_a_change_of_charge_or_spin_is_a_change(tiny):
     atoms.info = {"total_charge": 0}
     assert atoms.get_potential_energy() == neutral
     assert atoms.calc.compilations == 1
-    for wrong, message in ((6, "from -5 to 5"), (0.5, "whole numbers")):
+    atoms.info = {"charge": np.array([1])}
+    assert atoms.get_potential_energy() == positive
+    wrongs = ((6, "from -5 to 5"), (0.5, "whole numbers"), ("two", "expected numbers"))
+    for wrong, message in (*wrongs, (np.nan, "whole numbers"), ([1, 1], "has shape")):
         atoms.info = {"charge": wrong}
         with pytest.raises(ValueError, match=message):
             atoms.get_potential_energy()

@@ -121,14 +121,17 @@ def _feature(frame: Frame, feature: Feature) -> np.ndarray:
     """What a frame says of a feature, checked: [], or [n, …]."""
     name, (alias, default) = feature.name, USUAL.get(feature.name, (feature.name, None))
     given = {key: frame.features[key] for key in (name, alias) if key in frame.features}
-    values = [np.asarray(value, np.float64) for value in given.values()]
+    try:
+        values = [np.asarray(value, np.float64) for value in given.values()]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{frame.source} says {given}; expected numbers.") from error
     if not values and default is None:
         raise ValueError(
             f"{frame.source} has no {name!r}, which the model reads; set it in atoms."
             f"{'info' if feature.per == 'graph' else 'arrays'}[{name!r}]."
         )
     value = values[0] if values else np.asarray(default, np.float64)
-    if any(not np.array_equal(value, other) for other in values):
+    if any(not np.array_equal(value, other) for other in values[1:]):
         raise ValueError(f"{frame.source} says {given}; expected the same under both names.")
     shape: tuple[int, ...] = () if feature.per == "graph" else (len(frame),)
     wide = (*shape, feature.in_dim) if feature.in_dim > 1 else shape

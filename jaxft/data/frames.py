@@ -148,6 +148,7 @@ def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
 
 
 NOT_FEATURES = frozenset({"numbers", "positions", "forces", "momenta", "masses"})
+CHARGE_AND_SPIN = frozenset({"charge", "spin", "total_charge", "total_spin"})
 
 
 def features_of(atoms: ase.Atoms) -> dict[str, object]:
@@ -155,7 +156,8 @@ def features_of(atoms: ase.Atoms) -> dict[str, object]:
     scalars = {
         name: value
         for name, value in atoms.info.items()
-        if isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        # what is no number under these names is an error for a model that reads them
+        if name in CHARGE_AND_SPIN or _is_scalar(value)
     }
     arrays: dict[str, object] = {
         name: array
@@ -163,6 +165,12 @@ def features_of(atoms: ase.Atoms) -> dict[str, object]:
         if name not in NOT_FEATURES and not name.endswith("forces") and array.dtype.kind in "if"
     }
     return arrays | scalars
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.size == 1 and value.dtype.kind in "if"
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _numbers(value: object, shape: tuple[int, ...], key: str, source: str) -> np.ndarray:
