@@ -45,14 +45,14 @@ def convert(
       ModelFileError: the file is not such a model, is damaged, or holds an architecture that this
         version does not reproduce exactly.
     """
-    return from_file(_read(path, like), allow_nonfinite=allow_nonfinite)
+    return from_file(read(path, like=like), allow_nonfinite=allow_nonfinite)
 
 
 def convert_with_provenance(
     path: str | Path, *, like: str | Path | None = None, allow_nonfinite: bool = False
 ) -> tuple[Potential, Params, dict[str, Any]]:
     """As :func:`convert`, and where the model came from: file name, hash and dtype."""
-    file = _read(path, like)
+    file = read(path, like=like)
     model, params = from_file(file, allow_nonfinite=allow_nonfinite)
     dtypes = {str(file.tensors[name].dtype) for name in _trained(file)}
     provenance = {
@@ -61,10 +61,6 @@ def convert_with_provenance(
         "dtype": "+".join(sorted(dtypes)),
     }
     return model, params, provenance
-
-
-def _read(path: str | Path, like: str | Path | None) -> ModelFile:
-    return read(path) if like is None else read(path, like=like)
 
 
 def from_file(file: ModelFile, *, allow_nonfinite: bool = False) -> tuple[Potential, Params]:
