@@ -5,7 +5,8 @@ and laid over the rest of the environment in a process of its own. About 20 minu
 
     python benchmarks/writers.py
 
-With ``--fixtures`` only the small models kept in tests/data/writers are made anew.
+With ``--fixtures`` only the small models kept in tests/data/writers are made anew; with
+``--summary`` the table of docs/conversion.md is printed from the last results.
 """
 
 from __future__ import annotations
@@ -143,12 +144,29 @@ def show(release: str, size: str, found: dict[str, dict[str, float] | str]) -> N
             print(head, " | ".join(cells), f"| {values['largest force']:.1f}{remark} |", flush=True)
 
 
+def summarise(results: dict[str, dict[str, dict[str, dict[str, float] | str]]]) -> None:
+    """A line per release: the largest deviations over its models, except ``ONE_MASK``."""
+    print("| mace-torch | small: models | E | F | σ | published size: models | E | F | σ |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for release, sizes in results.items():
+        cells = []
+        for found in sizes.values():
+            rows = [row for kind, row in found.items() if (release, kind) not in ONE_MASK]
+            worst = [max(row[name] for row in rows) for name in ("energy", "forces", "stress")]
+            cells += [str(len(rows)), *(f"{value:.0e}" for value in worst)]
+        print(f"| {release} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where releases and models stay; temporary")
     parser.add_argument("--releases", nargs="*", default=list(KEPT))
     parser.add_argument("--fixtures", action="store_true", help="write tests/data/writers, stop")
+    parser.add_argument("--summary", action="store_true", help="of the last results, by release")
     options = parser.parse_args()
+    if options.summary:
+        summarise(json.loads(RESULT.read_text())["largest_absolute_deviation"])
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         if options.fixtures:
