@@ -1,6 +1,7 @@
 """The parity tables of docs/conversion.md: runs tests/parity and prints what it measured.
 
-python benchmarks/parity.py              every published architecture at its size: an hour, 20 GiB
+python benchmarks/parity.py                 every published architecture at its size: 20 min, 20 GiB
+python benchmarks/parity.py REPORT.xml ...  tabulate such runs: JAXFT_ALL_PARITY=1 pytest --junitxml=…
 """
 
 from __future__ import annotations
@@ -25,8 +26,19 @@ KINDS = {
 }
 
 
-def measure() -> dict[str, dict[str, dict[str, float]]]:
+def measure(reports: list[Path]) -> dict[str, dict[str, dict[str, float]]]:
     """``{model: {kind: {quantity: largest deviation}}}`` from the tests' own records."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for report in reports:
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
+            match = re.fullmatch(r"(\w+)\[(.+)\]", case.get("name", ""))
+            if match and match[1] in KINDS:
+                values = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
+                found.setdefault(match[2], {})[KINDS[match[1]]] = values
+    return found
+
+
+def run() -> dict[str, dict[str, dict[str, float]]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"]
@@ -37,14 +49,7 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
             check=True,
             stdout=sys.stderr,
         )
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for case in cases:
-            match = re.fullmatch(r"(\w+)\[(.+)\]", case.get("name", ""))
-            if match and match[1] in KINDS:
-                values = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
-                found.setdefault(match[2], {})[KINDS[match[1]]] = values
-    return found
+        return measure([report])
 
 
 COLUMNS = {
@@ -69,7 +74,8 @@ def table(found: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    found = measure()
+    reports = [Path(name) for name in sys.argv[1:]]
+    found = measure(reports) if reports else run()
     options = {name for name in found if name.startswith("small-")}
     table({name: kinds for name, kinds in found.items() if name not in options})
     print()

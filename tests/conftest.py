@@ -24,6 +24,13 @@ TINY = Path(__file__).parent / "data" / "tiny.model.gz"
 """A torch model with random weights; tests/data/make_tiny.py wrote it."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Programs map memory, and a process may only have so many mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory):
     """The torch file of the tiny model."""

@@ -43,6 +43,13 @@ VIRIAL = 1e-9  # eV, of structures without a volume
 GRADIENT = 1e-8  # of the largest component of each leaf
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled_programs():
+    """A hundred models, compiled in one process, would exhaust its memory mappings."""
+    yield
+    jax.clear_caches()
+
+
 def shipped(tmp_path, dtype):
     """The shipped model, which is a float64 file; in float32 by way of an export."""
     path = SHIPPED
