@@ -1,7 +1,7 @@
 """The parity tables of docs/conversion.md: runs tests/parity and prints what it measured.
 
 python benchmarks/parity.py                 every published architecture at its size: 20 min, 20 GiB
-python benchmarks/parity.py REPORT.xml ...  tabulate such runs: JAXFT_ALL_PARITY=1 pytest --junitxml=…
+python benchmarks/parity.py REPORT.xml ...  tabulate JAXFT_ALL_PARITY=1 pytest --junitxml=REPORT.xml
 """
 
 from __future__ import annotations
