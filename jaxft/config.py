@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from jaxft.fisher import load as load_fisher
 from jaxft.strategies import STRATEGIES, Strategy
 
 MAX_BYTES = 1 << 20
@@ -56,7 +57,13 @@ class TestSet(_Strict):
     the base model came with."""
 
 
-class FreezeConfig(_Strict):
+class _StrategyConfig(_Strict):
+    def options(self) -> dict[str, Any]:
+        """The arguments of the constructor that were given."""
+        return self.model_dump(exclude={"strategy"}, exclude_unset=True)
+
+
+class FreezeConfig(_StrategyConfig):
     """See :func:`jaxft.strategies.freeze`."""
 
     strategy: Literal["freeze"]
@@ -65,7 +72,7 @@ class FreezeConfig(_Strict):
     name: str = "freeze"
 
 
-class LoraConfig(_Strict):
+class LoraConfig(_StrategyConfig):
     """See :func:`jaxft.strategies.lora`."""
 
     strategy: Literal["lora"]
@@ -76,7 +83,32 @@ class LoraConfig(_Strict):
     name: str = "lora"
 
 
-StrategyConfig = Annotated[Union[FreezeConfig, LoraConfig], Field(discriminator="strategy")]  # noqa: UP007
+class L2spConfig(_StrategyConfig):
+    """See :func:`jaxft.strategies.l2sp`."""
+
+    strategy: Literal["l2sp"]
+    strength: float = Field(ge=0)
+    where: str | list[str] = "**"
+    name: str = "l2sp"
+
+
+class EwcConfig(_StrategyConfig):
+    """See :func:`jaxft.strategies.ewc`."""
+
+    strategy: Literal["ewc"]
+    fisher: Path
+    """From :func:`jaxft.fisher`, written by ``jaxft.fisher.save``."""
+    strength: float = Field(ge=0)
+    name: str = "ewc"
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"fisher": load_fisher(self.fisher)}
+
+
+StrategyConfig = Annotated[
+    Union[FreezeConfig, LoraConfig, L2spConfig, EwcConfig],  # noqa: UP007
+    Field(discriminator="strategy"),
+]
 
 
 class LossConfig(_Strict):
@@ -216,12 +248,8 @@ def validate(document: dict[str, Any], source: str) -> Config:
 
 
 def strategies(config: Config) -> tuple[Strategy, ...]:
-    """The recipe that a config names."""
-    recipe = []
-    for entry in config.recipe:
-        options = entry.model_dump(exclude={"strategy"}, exclude_unset=True)
-        recipe.append(STRATEGIES[entry.strategy](**options))
-    return tuple(recipe)
+    """The recipe that a config names; reads the files that strategies need."""
+    return tuple(STRATEGIES[entry.strategy](**entry.options()) for entry in config.recipe)
 
 
 def to_yaml(config: Config) -> str:

@@ -4,24 +4,31 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import jaxft
 from jaxft import testing, tree
-from jaxft.strategies import STRATEGIES, Strategy, base, freeze, lora
+from jaxft.strategies import STRATEGIES, Strategy, base, ewc, freeze, l2sp, lora
 
 KEY = jax.random.key(7)
 
 
-def leash(strength=0.5, name="leash"):
-    """A quadratic penalty on the distance from the parameters at init."""
+def consolidated(strength=0.5):
+    """``ewc`` with a Fisher for whichever tree it meets, zero for some of its numbers."""
 
-    def penalty(params, consts, batch):
-        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, consts)
-        return strength * sum(jax.tree.leaves(squares))
+    def at(params):
+        importance = jax.tree.map(lambda x: np.maximum(np.sin(99 * np.asarray(x)), 0), params)
+        return ewc(importance, strength=strength)
 
-    return Strategy(name=name, init=lambda key, params: ({}, params), penalty=penalty)
+    penalty = ewc({"any": jnp.ones(())}, strength=strength).penalty  # reads its constants alone
+    return Strategy(
+        name="ewc",
+        trains=lambda params: at(params).trains(params),
+        init=lambda key, params: at(params).init(key, params),
+        penalty=penalty,
+    )
 
 
 def ball(radius=0.1, name="ball"):
@@ -56,7 +63,8 @@ MEMBERS = {
     "lora-and-train": lora(
         "**/conv_tp_weights/*", rank=3, alpha=2.0, also_train="readouts_*/**", name="and-train"
     ),
-    "leash": leash(),
+    "l2sp": l2sp(0.5),
+    "ewc": consolidated(),
     "ball": ball(),
 }
 SINGLE = {"full": (), **{name: (member,) for name, member in MEMBERS.items()}}
@@ -65,7 +73,7 @@ PAIRS = {
     for a, b in itertools.combinations(MEMBERS, 2)
     if "freeze-callable" not in (a, b)  # one more mask, like those of the other two
 }
-COMPOSED = PAIRS | {"three": (MEMBERS["lora"], MEMBERS["leash"], MEMBERS["ball"])}
+COMPOSED = PAIRS | {"three": (MEMBERS["lora"], MEMBERS["ewc"], MEMBERS["ball"])}
 RECIPES = SINGLE | COMPOSED
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -88,8 +96,8 @@ def optimiser():
 
 
 def test_every_public_strategy_is_tried():
-    tried = {member.init.__qualname__.split(".")[0] for member in MEMBERS.values()}
-    tried |= {member.trains.__qualname__.split(".")[0] for member in MEMBERS.values()}
+    slots = [f for m in MEMBERS.values() for f in (m.init, m.trains, m.penalty)]
+    tried = {slot.__qualname__.split(".")[0] for slot in slots}
     assert set(STRATEGIES) <= tried
 
 
@@ -113,7 +121,7 @@ def test_composed_recipe_trains_lawfully(recipe, layer):
 
 def test_recipe_trains_a_potential_lawfully(predictor, params, batch, objective):
     """With the loss of a potential; law 10 in energies, forces and stresses."""
-    recipe = (MEMBERS["lora-and-train"], MEMBERS["leash"], MEMBERS["ball"])
+    recipe = (MEMBERS["lora-and-train"], MEMBERS["ewc"], MEMBERS["ball"])
     init, step = finetuned = jaxft.finetune(objective, recipe, optimiser())
     testing.assert_trains_lawfully(finetuned, jaxft.merge, recipe, params, batch)
     state, _ = step(init(KEY, params), batch)

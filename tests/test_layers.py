@@ -18,7 +18,7 @@ LAYERS = {
     0: ["tree", "typing", "version"],
     1: ["graph"],
     2: ["models", "data", "strategies"],
-    3: ["potential", "loss", "surgery", "testing"],
+    3: ["potential", "loss", "fisher", "surgery", "testing"],
     4: ["train", "evaluate", "bundle", "describe", "e0s", "checkpoint", "display", "optimizer"],
     5: ["fit", "calculator"],
     6: ["cli", "config", "run", "presets", "inspection", "page"],
