@@ -85,7 +85,7 @@ def _readable_errors(path: Path) -> Iterator[None]:
         ]
         more = f"; and {len(wrong) - 5} more" if wrong[5:] else ""
         raise ModelFileError(
-            f"{path} holds hyper-parameters that no MACE has: {'; '.join(wrong[:5])}{more}.\n"
+            f"{path} holds hyper-parameters unknown to jaxft: {'; '.join(wrong[:5])}{more}.\n"
             "It is damaged, or please report how it was made."
         ) from error
     except MALFORMED as error:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ase.data import covalent_radii
 
-from converters.to_jax import convert
+from converters.to_jax import convert_with_provenance
 from converters.to_torch import torch_and_mace
 from jaxft import data, predict
 from jaxft.bundle import require_dtype
@@ -39,9 +39,11 @@ class Deviation:
 TOLERANCES = {
     "float64": {"energy": 1e-8, "forces": 1e-7, "stress": 1e-8},
     "float32": {"energy": 1e-4, "forces": 1e-3, "stress": 1e-4},
+    "float16": {"energy": 1e-2, "forces": 1e-1, "stress": 1e-2},
+    "bfloat16": {"energy": 1e-1, "forces": 1e0, "stress": 1e-1},
 }
-"""What :attr:`Report.agrees` allows, eV/atom, eV/Å and eV/Å³; beyond the rounding of float32 files'
-constants in float64, and of large models in float32."""
+"""What :attr:`Report.agrees` allows, eV/atom, eV/Å and eV/Å³, by the dtype of the computation, or
+of the file where that is half precision: torch keeps its Clebsch-Gordan constants rounded, too."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Report:
 
     path: Path
     dtype: str
+    """Of the computation."""
+    allowed: Mapping[str, float]
+    """Largest energy, forces and stress deviations that are rounding."""
     rows: tuple[Deviation, ...]
 
     @property
@@ -69,9 +74,9 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Every deviation is within ``TOLERANCES``."""
+        """Every deviation is within what is ``allowed``."""
         found = {"energy": self.energy, "forces": self.forces, "stress": self.stress}
-        return all(found[key] <= most for key, most in TOLERANCES[self.dtype].items())
+        return all(found[key] <= most for key, most in self.allowed.items())
 
     def __str__(self) -> str:
         heads = max(len(row.head) for row in self.rows)
@@ -88,6 +93,8 @@ class Report:
                 f"{row.name:<22}{row.head:<{heads + 2}}{row.atoms:>6}{row.energy:>14.1e}"
                 f"{forces:>12}{stress:>12}"
             )
+        limits = ", ".join(f"{name} {most:.0e}" for name, most in self.allowed.items())
+        lines.append(f"{'agrees' if self.agrees else 'DIFFERS'} (allowed: {limits})")
         return "\n".join(lines)
 
 
@@ -122,7 +129,9 @@ def verify(
         for while JAX has it switched off.
     """
     require_dtype(dtype)
-    model, params = convert(model_path)
+    model, params, provenance = convert_with_provenance(model_path)
+    coarse = [name for name in ("bfloat16", "float16") if name in provenance["dtype"].split("+")]
+    allowed = TOLERANCES[coarse[0] if coarse else dtype]
     if frames is None:
         frames = structures(model.atomic_numbers, model.r_max)
     elif not isinstance(frames, Mapping):
@@ -136,7 +145,7 @@ def verify(
             here, there = ours(model, params, dataset, dtype), theirs.evaluate(dataset, atoms)
             for name, a, mine, its in zip(frames, atoms, here, there, strict=True):
                 rows.append(_deviation(name, head, a, mine, its))
-    return Report(Path(model_path), dtype, tuple(rows))
+    return Report(Path(model_path), dtype, allowed, tuple(rows))
 
 
 def with_features(frames: Sequence[ase.Atoms], model: Potential) -> list[ase.Atoms]:
@@ -145,7 +154,8 @@ def with_features(frames: Sequence[ase.Atoms], model: Potential) -> list[ase.Ato
     copies = [atoms.copy() for atoms in frames]
     for atoms in copies:
         for spec in model.embeddings:
-            known = data.features_of(atoms).keys()
+            told = data.features_of if spec.per == "graph" else data.atom_features_of
+            known = told(atoms).keys()
             if known & {spec.name, *data.USUAL.get(spec.name, ())}:
                 continue
             size = (len(atoms),) if spec.per == "atom" else ()
@@ -159,7 +169,7 @@ def with_features(frames: Sequence[ase.Atoms], model: Potential) -> list[ase.Ato
             if spec.per == "atom":
                 atoms.arrays[spec.name] = value
             else:
-                atoms.info[spec.name] = value
+                atoms.info[spec.name] = np.asarray(value).item()
     return copies
 
 

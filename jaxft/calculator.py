@@ -12,7 +12,7 @@ import numpy as np
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
 from jaxft.bundle import load
-from jaxft.data import Dataset, Shape, features_of, prepare, unlabelled
+from jaxft.data import Dataset, Shape, atom_features_of, features_of, prepare, unlabelled
 from jaxft.evaluate.predictions import ase_results, cast, predict_batch, working_dtype
 from jaxft.potential import Potential
 from jaxft.typing import Params
@@ -99,7 +99,7 @@ class JaxftCalculator(Calculator):
         """What changed since the last calculation; ASE does not look at charge and spin."""
         changes: list[str] = super().check_state(atoms, tol)
         if self.model.embeddings and not changes and self.atoms is not None:
-            now, then = features_of(atoms), features_of(self.atoms)
+            now, then = (features_of(a) | atom_features_of(a) for a in (atoms, self.atoms))
             if now.keys() != then.keys() or any(np.any(now[k] != then[k]) for k in now):
                 changes.append("initial_charges")
         return changes

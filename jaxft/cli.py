@@ -95,7 +95,7 @@ def models(as_json: Json = False) -> None:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str))
         return
     table = Table(title="jaxft convert NAME OUT.jaxft", title_justify="left")
-    for heading in ("name", "licence", "sha256", "here", "architecture"):
+    for heading in ("name", "licence", "digest from", "here", "architecture"):
         table.add_column(heading)
     for row in rows:
         table.add_row(row.name, row.licence, row.digest, "yes" if row.cached else "", row.family)

@@ -28,6 +28,9 @@ from jaxft.models.irreps import multiplicities
 from jaxft.potential import E0_BUFFER, Potential
 from jaxft.typing import Array, Params
 
+MAX_NAME = 200
+"""Characters of a head's name."""
+
 
 def set_e0s(model: Potential, e0s: Mapping[int, float], *, head: str | None = None) -> Potential:
     """The model with other isolated-atom energies; all other elements keep theirs.
@@ -373,6 +376,11 @@ def _check_name(model: Potential, name: str) -> None:
         raise ValueError(
             f"a head was to be called {name!r}; expected a string, not empty and without spaces "
             "around it, such as 'water'."
+        )
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise ValueError(
+            f"a head was to be called {name[:60]!r}; expected at most {MAX_NAME} printable "
+            "characters."
         )
     if name in model.heads:
         raise ValueError(

@@ -20,7 +20,7 @@ from parity import reference  # noqa: E402
 
 from converters import to_torch  # noqa: E402
 from converters.reader import ModelFileError, read  # noqa: E402
-from converters.to_jax import convert, from_file  # noqa: E402
+from converters.to_jax import convert, convert_with_provenance, from_file  # noqa: E402
 from converters.to_torch import export  # noqa: E402
 from converters.verify import structures, verify  # noqa: E402
 from jaxft import bundle, data, finetune, loss, merge, predict, surgery, tree  # noqa: E402
@@ -301,13 +301,35 @@ def test_verify_prints_a_table_and_finds_a_wrong_number(small_file, tmp_path, mo
     assert "triclinic crystal" in str(report)
     assert verify(small_file, dtype="float32").forces < 1e-4
 
-    def wrong(path):
-        model, params = convert(path)
-        return model, jax.tree.map(lambda leaf: leaf * (1 + 1e-6), params)
+    assert str(report).splitlines()[-1].startswith("agrees (allowed: energy 1e-08")
 
-    monkeypatch.setattr("converters.verify.convert", wrong)
+    def wrong(path):
+        model, params, provenance = convert_with_provenance(path)
+        return model, jax.tree.map(lambda leaf: leaf * (1 + 1e-6), params), provenance
+
+    monkeypatch.setattr("converters.verify.convert_with_provenance", wrong)
     frames = [structures(HCO, 4.5)["molecule"]]
-    assert verify(small_file, frames=frames).forces > 1e-7
+    report = verify(small_file, frames=frames)
+    assert report.forces > 1e-7
+    assert not report.agrees
+    assert "DIFFERS" in str(report)
+
+
+@pytest.mark.parametrize("name", ["small-charge-spin", "small-embedding-graph-continuous"])
+def test_verify_draws_what_a_model_reads_and_it_arrives(name, tmp_path, monkeypatch):
+    path = reference.save(reference.build(name), tmp_path / "a.model")
+    seen = []
+    prepare = data.prepare
+
+    def spy(frames, model, **options):
+        seen.append(prepare(frames, model, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("converters.verify.data.prepare", spy)
+    assert verify(path).agrees
+    drawn = [{k: float(v) for k, v in sample.features.items()} for sample in seen[0].samples]
+    assert len({tuple(d.values()) for d in drawn}) > 1
+    assert any(d != {"total_spin": 1.0, "total_charge": 0.0} for d in drawn)
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -427,6 +449,7 @@ def test_half_precision_files_are_widened_exactly(dtype, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     for name, buffer in converted.buffers.items():
         np.testing.assert_array_equal(buffer, wide[0].buffers[name])
+    assert verify(tmp_path / "a.model").agrees
     assert verify(export((converted, params), tmp_path / "back.model"), dtype="float32").agrees
 
 

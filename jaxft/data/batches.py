@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,14 +113,15 @@ def prepare(
 
 
 USUAL = {"total_charge": ("charge", 0), "total_spin": ("spin", 1)}
-"""Other names of features, and what they are where a frame is silent, as for MACECalculator: a
-neutral singlet. All other features must be given."""
+"""Other names of features, and what they are where a frame is silent, as in mace-torch: a neutral
+singlet. All other features must be given."""
 
 
 def _feature(frame: Frame, feature: Feature) -> np.ndarray:
     """What a frame says of a feature, checked: [], or [n, …]."""
     name, (alias, default) = feature.name, USUAL.get(feature.name, (feature.name, None))
-    given = {key: frame.features[key] for key in (name, alias) if key in frame.features}
+    told: Mapping[str, object] = frame.features if feature.per == "graph" else frame.atom_features
+    given = {key: told[key] for key in (name, alias) if key in told}
     try:
         values = [np.asarray(value, np.float64) for value in given.values()]
     except (TypeError, ValueError) as error:

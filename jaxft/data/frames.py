@@ -46,7 +46,9 @@ class Frame:
     stress: np.ndarray | None = None
     """[3, 3] eV/Å³, positive under tension."""
     features: Mapping[str, object] = field(default_factory=dict)
-    """Other numbers that came with it, by name: ``charge``, ``spin``, … per frame or per atom."""
+    """Other numbers that came with the frame, by name: ``charge``, ``spin``, …"""
+    atom_features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Other numbers that came with its atoms, [n, …]."""
     config_type: str = "Default"
     source: str = "frame"
     """File and position in it, for messages."""
@@ -138,6 +140,7 @@ def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
         cell=np.array(atoms.cell.array, np.float64),
         pbc=(bool(atoms.pbc[0]), bool(atoms.pbc[1]), bool(atoms.pbc[2])),
         features=features_of(atoms),
+        atom_features=atom_features_of(atoms),
         source=source,
     )
     if not len(frame):
@@ -152,19 +155,22 @@ CHARGE_AND_SPIN = frozenset({"charge", "spin", "total_charge", "total_spin"})
 
 
 def features_of(atoms: ase.Atoms) -> dict[str, object]:
-    """The numbers in ``info`` and ``arrays`` that a model might read, such as charge and spin."""
-    scalars = {
+    """The numbers in ``info`` that a model might read, such as charge and spin."""
+    return {
         name: value
         for name, value in atoms.info.items()
         # what is no number under these names is an error for a model that reads them
         if name in CHARGE_AND_SPIN or _is_scalar(value)
     }
-    arrays: dict[str, object] = {
+
+
+def atom_features_of(atoms: ase.Atoms) -> dict[str, np.ndarray]:
+    """The numbers in ``arrays`` that a model might read."""
+    return {
         name: array
         for name, array in atoms.arrays.items()
         if name not in NOT_FEATURES and not name.endswith("forces") and array.dtype.kind in "if"
     }
-    return arrays | scalars
 
 
 def _is_scalar(value: object) -> bool:

@@ -188,7 +188,7 @@ def predict_file(
 
     Raises:
       FileExistsError: ``output`` exists; nothing is overwritten.
-      ValueError: as :func:`predict_frames`, or the file cannot be read.
+      ValueError: as :func:`predict_frames`, the file cannot be read, or a result is not finite.
     """
     output = Path(output)
     refuse_existing(output)
@@ -201,6 +201,13 @@ def predict_file(
     results = predict_frames(
         model, params, frames, head=head, batch_size=batch_size, dtype=dtype, progress=progress
     )
+    wrong = [f.source for f, r in zip(frames, results, strict=True) if not _is_finite(r)]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(frames)} frames have energies or forces that are not finite, "
+            f"the first is {wrong[0]}; nothing was written.\nLook for atoms on top of each other, "
+            "or for NaN in the model (jaxft info)."
+        )
     written = [with_results(a, r) for a, r in zip(images, results, strict=True)]
     scratch = output.with_name(f".{output.name}.part")
     try:
@@ -209,6 +216,10 @@ def predict_file(
     finally:
         scratch.unlink(missing_ok=True)
     return len(written)
+
+
+def _is_finite(result: FrameResult) -> bool:
+    return bool(np.isfinite(result.energy) and np.isfinite(result.forces).all())
 
 
 def working_dtype(params: Params, dtype: str | None = None) -> str:
