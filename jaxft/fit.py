@@ -311,10 +311,10 @@ def _validator(
 
 
 def _fingerprint_of_frames(dataset: Dataset) -> str:
-    """Number and hash of the frames: edges, elements and labels."""
+    """Number and hash of the frames: edges, elements, labels, heads and features."""
     digest = hashlib.sha256(dataset.elements.tobytes())
     for sample in dataset.samples:
-        for value in sample:
+        for value in jax.tree.leaves(tuple(sample), is_leaf=lambda x: x is None):
             digest.update(b"-" if value is None else np.ascontiguousarray(value).tobytes())
     return f"{len(dataset)} frames {digest.hexdigest()[:16]}"
 
