@@ -26,19 +26,21 @@ def convolve(
     Args:
       features: sender features, {irrep: [N, 2l + 1, C]}.
       harmonics: {irrep: [R, K, 2l + 1]}.
-      radial: hidden radial features [R, K, h] and the matrix [h, paths · C].
+      radial: hidden radial features [R, K, h] and the matrix [h, ΣC over the paths].
       paths: in the order of the matrix's columns.
       graph: rows and slots.
 
     Returns:
-      {irrep: [N, 2l + 1, slots · C]}, the slots of one irrep side by side in path order.
+      {irrep: [N, 2l + 1, ΣC over its slots]}, the slots of one irrep side by side in path order.
     """
     hidden, matrix = radial
-    channels = next(iter(features.values())).shape[-1]
     sent = {name: block[graph.senders] for name, block in features.items()}
     slots: dict[str, list[Array]] = {}
-    for k, path in enumerate(paths):
-        weights = hidden @ matrix[:, k * channels : (k + 1) * channels]
+    start = 0
+    for path in paths:
+        stop = start + features[path.node].shape[-1]
+        weights = hidden @ matrix[:, start:stop]
+        start = stop
         coupling = jnp.asarray(path.coupling, weights.dtype)
         angular = jnp.einsum("rkj,ijm->rkim", harmonics[path.edge], coupling)
         weighted = sent[path.node] * weights[:, :, None, :]

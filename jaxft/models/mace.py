@@ -30,7 +30,13 @@ from jaxft.models.config import (
 )
 from jaxft.models.contraction import Coupling, SymmetricContraction
 from jaxft.models.conv import convolve
-from jaxft.models.irreps import Features, concatenate, multiplicities, tensor_product_paths
+from jaxft.models.irreps import (
+    Features,
+    Path,
+    concatenate,
+    multiplicities,
+    tensor_product_paths,
+)
 from jaxft.models.radial import Affine, EdgeMLP, RadialMLP
 from jaxft.typing import Array
 
@@ -140,14 +146,9 @@ class Interaction(nn.Module):
         skip = ElementLinear(skipped, num_elements, name="skip_tp")
         connected = skip(x, graph.elements, one_hot) if config.is_residual else {}
         sent = Linear(config.sent_irreps, name="linear_up")(x)
-        paths = tensor_product_paths(
-            config.sent_irreps, self.model.edge_irreps, config.target_irreps
-        )
-        channels = next(iter(sent.values())).shape[-1]
+        paths, width = _paths(config, self.model.edge_irreps)
         constant = self.model.silu_constant
-        network = RadialMLP(
-            config.radial_mlp, len(paths) * channels, constant, name="conv_tp_weights"
-        )
+        network = RadialMLP(config.radial_mlp, width, constant, name="conv_tp_weights")
         hidden, matrix = network(edges.basis)
         if not self.model.apply_cutoff:
             hidden = hidden * edges.factor[..., None]
@@ -162,6 +163,13 @@ class Interaction(nn.Module):
         if not config.is_residual:
             message = skip(message, graph.elements, one_hot)
         return message, connected
+
+
+def _paths(config: InteractionConfig, edge_irreps: str) -> tuple[list[Path], int]:
+    """Paths of a block's tensor product, and how many radial weights an edge has for them."""
+    paths = tensor_product_paths(config.sent_irreps, edge_irreps, config.target_irreps)
+    sent = multiplicities(config.sent_irreps)
+    return paths, sum(sent[path.node] for path in paths)
 
 
 def _density(values: Array, edges: Edges, graph: Graph, vanishes: bool) -> Array:
@@ -187,15 +195,12 @@ class NonLinearInteraction(nn.Module):
         connected = Linear(config.hidden_irreps, name="skip_tp")(x)
         sent = Linear(config.sent_irreps, name="linear_up")(x)
         residual = Linear(config.gated_irreps, name="linear_res")(sent)
-        paths = tensor_product_paths(
-            config.sent_irreps, self.model.edge_irreps, config.target_irreps
-        )
-        channels = next(iter(sent.values())).shape[-1]
+        paths, width = _paths(config, self.model.edge_irreps)
         mul = multiplicities(config.node_feats_irreps)["0e"]
         source = ElementTable(mul, num_elements, name="source_embedding")(graph.elements)
         target = ElementTable(mul, num_elements, name="target_embedding")(graph.elements)
         eps = config.layer_norm_eps
-        network = EdgeMLP(config.radial_mlp, len(paths) * channels, eps, name="conv_tp_weights")
+        network = EdgeMLP(config.radial_mlp, width, eps, name="conv_tp_weights")
         hidden, matrix = network(edges.basis, source, target, edges.elements)
         hidden = hidden * edges.factor[..., None]
         counts = EdgeMLP(config.density_mlp, 1, eps, name="density_fn")

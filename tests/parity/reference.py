@@ -172,6 +172,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "small-nl-agnostic": SMALL_NON_LINEAR | {"use_agnostic_product": True, "apply_cutoff": False},
     "small-nl-large": SMALL_NON_LINEAR
     | {"hidden": "8x0e+8x1o+8x2e", "edge_irreps": "4x0e+4x1o+4x2e", "use_agnostic_product": True},
+    "small-uneven-edges": {"blocks": "D NL", "edge_irreps": "6x0e+3x1o"},
     "small-r-edges": {"edge_irreps": "4x0e+4x1o"},
     "small-d-edges": {"blocks": "D DR", "edge_irreps": "4x0e+4x1o"},
     "small-r-agnostic": {"use_agnostic_product": True},

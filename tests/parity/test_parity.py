@@ -31,8 +31,9 @@ ALL = bool(os.environ.get("JAXFT_ALL_PARITY"))
 """Every published architecture at its size: minutes each, and 20 GiB for the largest."""
 FULL_SIZE = tuple(reference.PUBLISHED) if ALL else ("mp0-medium",)
 OPTIONS = tuple(name for name in reference.OPTIONS if name != "small-attention")
-EVERY_TIME = OPTIONS if ALL else OPTIONS[::3]
-"""Every third option and every published family in small; test_conversion.py exports them all."""
+FAMILIES = ("small-a", "small-d", "small-mh-1", "small-omol", "small-uneven-edges")
+EVERY_TIME = OPTIONS if ALL else tuple(dict.fromkeys((*FAMILIES, *OPTIONS[::3])))
+"""Small models of the published families and every third option; test_conversion.py exports all."""
 
 # Absolute bounds of energy (eV/atom), forces (eV/Å) and stress (eV/Å³). In float64 they leave room
 # for other BLAS libraries. In float32 they are below the errors of any potential, or else thrice
