@@ -91,7 +91,16 @@ def assert_trains_lawfully(
 
 
 def assert_identity_at_init(recipe: Recipe, params: Params, *, key: Array) -> None:
-    """Law 1: the effective parameters at init are the given ones, bit for bit."""
+    """Law 1: the effective parameters at init are the given ones, bit for bit.
+
+    A strategy that says that it is no identity at init is left out; it must then differ.
+    """
+    for strategy in recipe:
+        if not strategy.is_identity_at_init:
+            moved = base.apply((strategy,), params, *base.init((strategy,), key, params))
+            same = all(map(_is_same, jax.tree.leaves(moved), jax.tree.leaves(params)))
+            assert not same, f"{strategy.name!r} is the identity at init, but says that it is not"
+    recipe = tuple(strategy for strategy in recipe if strategy.is_identity_at_init)
     coords, consts = base.init(recipe, key, params)
     _assert_same(
         base.apply(recipe, params, coords, consts), params, f"{_names(recipe)} at init changes"

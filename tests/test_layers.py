@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: ["tree", "typing", "version"],
-    1: ["graph"],
+    1: ["graph", "source"],
     2: ["models", "data", "strategies"],
     3: ["potential", "loss", "fisher", "surgery", "testing"],
     4: ["train", "evaluate", "bundle", "describe", "e0s", "checkpoint", "display", "optimizer"],

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import tree
+from jaxft.source import Source
 from jaxft.typing import Array, Consts, Coords, Mask, Params
 
 
@@ -59,8 +60,12 @@ class Strategy:
     """``coords, consts -> coords``, after the update."""
     tx: optax.GradientTransformation = field(default_factory=optax.identity)
     """Acts on the updates, after the optimiser."""
-    sources: tuple[Any, ...] = ()
+    sources: tuple[Source, ...] = ()
     """Extra data."""
+    is_identity_at_init: bool = True
+    """Whether training starts at the base's own parameters, bit for bit; few methods do not."""
+    cites: tuple[str, ...] = ()
+    """Keys of the works to cite, in ``jaxft.citation``."""
 
     @property
     def has_penalty(self) -> bool:
@@ -123,6 +128,22 @@ def penalties(recipe: Recipe, params: Params, consts: Consts, batch: Any) -> dic
         for strategy in recipe
         if strategy.has_penalty
     }
+
+
+def sources(recipe: Recipe) -> tuple[Source, ...]:
+    """The extra data of all members, in order.
+
+    Raises:
+      ValueError: two sources share a name.
+    """
+    found = tuple(source for strategy in recipe for source in strategy.sources)
+    twice = [name for name, n in Counter(s.name for s in found).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"the recipe has more than one source named {', '.join(map(repr, sorted(twice)))};\n"
+            "names must be unique, since they key log lines: pass name=… to one."
+        )
+    return found
 
 
 def project(recipe: Recipe, coords: Coords, consts: Consts) -> Coords:
