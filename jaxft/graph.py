@@ -12,7 +12,7 @@ holds the padding atoms. No mask is needed to keep padding out of a real atom's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -70,7 +70,10 @@ class Labels(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Non-negative weights of the labels: 0 for a missing label and for padding."""
+    """Non-negative weights of the labels: 0 for a missing label and for padding.
+
+    Weight 2 is the label twice. The same names hold their sums in :attr:`Batch.totals`.
+    """
 
     energy: Array
     """[G]."""
@@ -86,10 +89,33 @@ class Batch(NamedTuple):
     graph: Graph
     labels: Labels
     weights: Weights
+    totals: Weights
+    """Scalars: what a loss divides by, the sums of the weights over the whole update. Those of the
+    batch itself, unless the update is spread over several; see :func:`with_shared_totals`."""
     n_atoms: Array
     """[G] int32, atoms per graph; 1 for an empty padding graph, so that dividing is safe."""
     frame: Array
     """[G] int32, position of the frame in its dataset; -1 for padding."""
+
+
+def totals_of(weights: Weights) -> Weights:
+    """The sums of the weights of one batch, as scalars."""
+    return Weights(*(array.sum() for array in weights))
+
+
+def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
+    """The batches of *one* update, each with the sums of the weights of them all.
+
+    Each loss then is its share of the loss of one batch of all the frames: losses and gradients are
+    to be added, not averaged. So it does not matter how frames with missing labels or of unequal
+    size fall into the micro-batches of an accumulated gradient, or onto devices.
+
+    Args:
+      batches: at least one; static shapes may differ. Their weights count, not their totals.
+    """
+    own = [totals_of(batch.weights) for batch in batches]
+    shared = Weights(*(sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)))
+    return [batch._replace(totals=shared) for batch in batches]
 
 
 def sum_rows(rows: Array, graph: Graph) -> Array:

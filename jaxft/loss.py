@@ -17,8 +17,9 @@ def weighted(
     .. math:: \lambda_E \langle (\Delta E/N)^2 \rangle + \lambda_F \langle \Delta F^2 \rangle
               + \lambda_S \langle \Delta\sigma^2 \rangle
 
-    Each mean runs over what is labelled, Σ w x / Σ w: a missing label is neither a zero nor part
-    of the count, and weight 2 is the frame twice. A term without any label in the batch is 0.
+    Each mean runs over what is labelled, Σ w x / Σ w with the sum of the weights in
+    ``batch.totals``: a missing label is neither a zero nor part of the count, and weight 2 is the
+    frame twice. A term without any label in the batch is 0.
 
     Args:
       model: the potential.
@@ -34,16 +35,22 @@ def weighted(
 
     def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
         predicted = predict(model, params, batch.graph)
-        labels, weights = batch.labels, batch.weights
+        labels, weights, totals = batch.labels, batch.weights, batch.totals
         terms = {
             "energy": _mean(
-                ((predicted.energy - labels.energy) / batch.n_atoms) ** 2, weights.energy
+                ((predicted.energy - labels.energy) / batch.n_atoms) ** 2,
+                weights.energy,
+                totals.energy,
             ),
             "forces": _mean(
-                jnp.mean((predicted.forces - labels.forces) ** 2, axis=-1), weights.forces
+                jnp.mean((predicted.forces - labels.forces) ** 2, axis=-1),
+                weights.forces,
+                totals.forces,
             ),
             "stress": _mean(
-                jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1)), weights.stress
+                jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1)),
+                weights.stress,
+                totals.stress,
             ),
         }
         total = energy * terms["energy"] + forces * terms["forces"] + stress * terms["stress"]
@@ -52,7 +59,6 @@ def weighted(
     return loss
 
 
-def _mean(values: Array, weights: Array) -> Array:
-    """Σ w x / Σ w, and 0 (with zero gradient) where nothing has weight."""
-    total = weights.sum()
+def _mean(values: Array, weights: Array, total: Array) -> Array:
+    """Σ w x / W, and 0 (with zero gradient) where nothing has weight."""
     return jnp.sum(weights * values) / jnp.where(total > 0, total, 1.0)

@@ -92,9 +92,74 @@ def test_a_missing_label_is_none_and_has_no_weight(tmp_path, model):
     assert batch.weights.energy.tolist() == [1, 1, 0, 0]
     assert batch.weights.stress.tolist() == [1, 0, 0, 0]
     assert batch.weights.forces.tolist()[:8] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert [float(total) for total in batch.totals] == [2, 2, 1]
     counted = data.coverage(frames)
     assert (counted.frames, counted.energy, counted.forces, counted.stress) == (3, 2, 1, 1)
     assert counted.elements == {"Na": 3, "Cl": 3}
+
+
+def test_virials_are_minus_the_volume_times_the_stress(tmp_path):
+    volume = 5.6**3 / 4
+    atoms = crystal(REF_virials=-volume * VOIGT)
+    (frame,) = data.read(write(tmp_path / "a.xyz", atoms))
+    np.testing.assert_allclose(frame.stress, STRESS, rtol=1e-12)
+    both = crystal(REF_virials=-volume * VOIGT, REF_stress=np.round(STRESS, 3))
+    np.testing.assert_array_equal(data.from_atoms(both).stress, STRESS)
+    other = data.Keys(virials="virial")
+    assert data.from_atoms(atoms, keys=other).stress is None
+    atoms.pbc = (True, True, False)
+    assert data.from_atoms(atoms).stress is None
+
+
+def test_virials_that_contradict_the_stress_are_refused():
+    atoms = crystal(REF_virials=5.6**3 / 4 * VOIGT, REF_stress=STRESS)
+    message = r"^s.xyz:0: 'REF_stress' is \[1. , 0.6.* but −'REF_virials'/V is \[-1. ,"
+    with pytest.raises(ValueError, match=message):
+        data.from_atoms(atoms, source="s.xyz:0")
+
+
+def test_weights_are_read_under_mace_torchs_names(tmp_path, model):
+    atoms = crystal(
+        REF_energy=1.0,
+        REF_stress=STRESS,
+        config_weight=2.0,
+        config_energy_weight=3.0,
+        config_forces_weight=0.5,
+        config_stress_weight=0.25,
+    )
+    atoms.arrays["REF_forces"] = np.zeros((2, 3))
+    atoms.arrays["atom_weights"] = np.array([4.0, 0.0])
+    plain = crystal(REF_energy=1.0)
+    frames = data.read(write(tmp_path / "a.xyz", atoms, plain))
+    (batch,) = data.epoch(data.prepare(frames, model), 2)
+    assert batch.weights.energy.tolist() == [6.0, 1.0, 0.0]
+    assert batch.weights.forces.tolist()[:4] == [4.0, 0.0, 0.0, 0.0]
+    assert batch.weights.stress.tolist() == [0.5, 0.0, 0.0]
+    assert [float(total) for total in batch.totals] == [7.0, 4.0, 0.5]
+    virials = crystal(REF_virials=-VOIGT, config_virials_weight=3.0)
+    assert data.from_atoms(virials).stress_weight == 3.0
+
+
+@pytest.mark.parametrize(
+    ("info", "arrays", "message"),
+    [
+        ({"config_weight": -1.0}, {}, r"^a:0: weight is -1.0; expected finite numbers >= 0 \(0 l"),
+        ({"config_energy_weight": np.inf}, {}, "^a:0: 'config_energy_weight' holds NaN or inf"),
+        ({"config_forces_weight": "much"}, {}, "^a:0: 'config_forces_weight' is 'much'; expected"),
+        (
+            {"config_stress_weight": 1.0, "config_virials_weight": 2.0},
+            {},
+            "^a:0 says .*'config_virials_weight': 2.0}; expected one value",
+        ),
+        ({}, {"atom_weight": np.array([1.0, -1.0])}, "^a:0: atom_weights is .*expected finite"),
+        ({}, {"atom_weights": np.ones((2, 3))}, r"^a:0: 'atom_weights' has shape \(2, 3\); expec"),
+    ],
+)
+def test_impossible_weights_are_refused(info, arrays, message):
+    atoms = crystal(**info)
+    atoms.arrays.update(arrays)
+    with pytest.raises(ValueError, match=message):
+        data.from_atoms(atoms, source="a:0")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +440,7 @@ def test_padding_is_beyond_the_cutoff_and_belongs_to_the_last_graph(dataset, mod
         assert not weights.energy[~graph.is_graph].any()
         assert not weights.stress[~graph.is_graph].any()
         assert not weights.forces[~graph.is_atom].any()
-        floats = [graph.vectors, graph.volume, *batch.labels, *batch.weights]
+        floats = [graph.vectors, graph.volume, *batch.labels, *batch.weights, *batch.totals]
         assert {array.dtype.name for array in floats} == {dtype}
 
 
@@ -476,3 +541,22 @@ def test_a_batch_size_beyond_the_dataset_is_one_batch_of_it_all(frames, model):
     assert data.shapes(dataset, 10**9) == data.shapes(dataset, len(frames))
     (batch,) = data.epoch(dataset, 10**9)
     assert (batch.frame >= 0).sum() == len(frames)
+
+
+def test_frames_of_several_heads_share_a_dataset(frames, model):
+    class TwoHeads:
+        """The model, with a second head whose E0s are 1 eV higher."""
+
+        atomic_numbers, r_max, embeddings = model.atomic_numbers, model.r_max, model.embeddings
+        e0s = np.concatenate([model.e0s, model.e0s + 1.0])
+        head_index = staticmethod(["new", "old"].index)
+
+    dataset = data.prepare(frames[:3], TwoHeads, head=["old", "new", "old"])
+    (batch,) = data.epoch(dataset, 3, dtype="float64")
+    (alone,) = data.epoch(data.prepare(frames[:3], TwoHeads, head="new"), 3, dtype="float64")
+    assert batch.graph.head.tolist()[:3] == [1, 0, 1]
+    atoms = np.array([len(frame) for frame in frames[:3]])
+    shift = alone.labels.energy[:3] - batch.labels.energy[:3]
+    np.testing.assert_allclose(shift, atoms * [1, 0, 1], atol=1e-12)
+    with pytest.raises(ValueError, match="2 heads were given for 3 frames; give one name for all"):
+        data.prepare(frames[:3], TwoHeads, head=["old", "new"])

@@ -1,10 +1,13 @@
 """The weighted loss: zero at the labels, weights count frames, missing labels do not count."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxft import data, loss
+from jaxft.graph import totals_of, with_shared_totals
 
 EXACT = 1e-11
 
@@ -27,7 +30,8 @@ def solved(batch, params, predictor):
 
 
 def weighted(batch, **weights):
-    return batch._replace(weights=batch.weights._replace(**weights))
+    found = batch.weights._replace(**weights)
+    return batch._replace(weights=found, totals=totals_of(found))
 
 
 def test_loss_and_gradient_are_zero_at_the_labels(value, gradient, solved, params):
@@ -92,7 +96,8 @@ def test_a_missing_label_is_neither_a_zero_nor_counted(batch, params, value):
 
 
 def test_a_batch_without_labels_has_no_loss_and_no_gradient(batch, params, value, gradient):
-    nothing = batch._replace(weights=jax.tree.map(np.zeros_like, batch.weights))
+    zeros = jax.tree.map(np.zeros_like, batch.weights)
+    nothing = batch._replace(weights=zeros, totals=totals_of(zeros))
     assert float(value(params, nothing)[0]) == 0.0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient(params, nothing)))
 
@@ -121,3 +126,37 @@ def test_term_weights_scale_the_terms(model, batch, params):
     total, info = jax.jit(loss.weighted(model, energy=0.0, forces=0.0, stress=3.0))(params, batch)
     assert float(total) == pytest.approx(3.0 * float(info["stress"]), rel=1e-12)
     assert float(info["energy"]) > 0
+
+
+def micro_batches(frames, model, batch):
+    """Two batches with unequal numbers of labels, and one of all frames, in one static shape."""
+    partly = [replace(frame, weight=1.0 + i % 3) for i, frame in enumerate(frames)]
+    partly[0] = replace(partly[0], forces=None)
+    partly[4] = replace(partly[4], energy=None, stress=None)
+    dataset = data.prepare(partly, model)
+    graph = batch.graph
+    shape = data.Shape(graph.n_node, len(graph.receivers), graph.n_graph)
+    chosen = ([0, 3, 4], [5, 1, 2, 6, 7], range(8))
+    one, two, whole = (data.pack(dataset, order, shape, "float64") for order in chosen)
+    return [one, two], whole
+
+
+def test_losses_and_gradients_of_micro_batches_add_up(
+    frames, model, batch, params, value, gradient
+):
+    parts, whole = micro_batches(frames, model, batch)
+    shared = with_shared_totals(parts)
+    total = sum(float(value(params, part)[0]) for part in shared)
+    assert total == pytest.approx(float(value(params, whole)[0]), rel=1e-12)
+    added = jax.tree.map(lambda *leaves: sum(leaves), *(gradient(params, p) for p in shared))
+    for a, b in zip(jax.tree.leaves(added), jax.tree.leaves(gradient(params, whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    averaged = np.mean([float(value(params, part)[0]) for part in parts])
+    assert averaged != pytest.approx(total, rel=1e-3)
+
+
+def test_sharing_totals_twice_changes_nothing(frames, model, batch):
+    once = with_shared_totals(micro_batches(frames, model, batch)[0])
+    again = with_shared_totals(once)
+    assert [b.totals for b in again] == [b.totals for b in once]
+    assert once[0].totals == once[1].totals

@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 
 from jaxft.data.frames import Frame
 from jaxft.data.neighbours import Edges, neighbours
-from jaxft.graph import PADDING_DISTANCE, Batch, Graph, Labels, Weights
+from jaxft.graph import PADDING_DISTANCE, Batch, Graph, Labels, Weights, totals_of
 from jaxft.typing import Domain, Feature
 
 ROW_WIDTHS = (4, 8, 16, 32, 64)
@@ -32,9 +32,13 @@ class _Sample(NamedTuple):
     receivers: np.ndarray
     vectors: np.ndarray
     volume: float
-    energy: float | None
-    forces: np.ndarray | None
-    stress: np.ndarray | None
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray
+    energy_weight: float
+    """0 for a missing label, which itself is 0; likewise the next two."""
+    forces_weight: np.ndarray
+    stress_weight: float
     head: int
     features: dict[str, np.ndarray]
     """[] or [in_dim] per graph, [n, …] per atom."""
@@ -76,7 +80,7 @@ def prepare(
     frames: Sequence[Frame],
     model: Domain,
     *,
-    head: str | None = None,
+    head: str | Sequence[str | None] | None = None,
     row_width: int | None = None,
 ) -> Dataset:
     """Build neighbour lists and remove the model's isolated-atom energies from the labels.
@@ -84,14 +88,16 @@ def prepare(
     Args:
       frames: structures.
       model: gives the element table, the cutoff, the E0s and what else it reads of a frame.
-      head: of the model, that these frames belong to; not needed with one head.
+      head: of the model, that these frames belong to, or one for each frame; not needed with one
+        head.
       row_width: slots per edge row; by default the one of ``ROW_WIDTHS`` that wastes least.
 
     Raises:
       ValueError: a frame holds an element that the model does not know, an impossible geometry, or
-        not the features that the model reads; or the head is unknown.
+        not the features that the model reads; or a head is unknown, or their number is not that of
+        the frames.
     """
-    index = model.head_index(head)
+    heads = _heads(head, frames, model)
     check_elements(frames, model.atomic_numbers)
     features = [{f.name: _feature(frame, f) for f in model.embeddings} for frame in frames]
     table = np.full(120, -1)
@@ -101,15 +107,29 @@ def prepare(
     width = row_width or _best_width(
         [np.bincount(e.receivers, minlength=len(f)) for e, f in zip(edges, frames, strict=True)]
     )
-    e0s = model.e0s[index]
     samples = []
-    for frame, edge, given in zip(frames, edges, features, strict=True):
+    for frame, edge, given, index in zip(frames, edges, features, heads, strict=True):
         species = np.searchsorted(present, frame.atomic_numbers)
-        e0 = float(e0s[table[frame.atomic_numbers]].sum())
+        e0 = float(model.e0s[index][table[frame.atomic_numbers]].sum())
         samples.append(_sample(frame, edge, species, e0, index, given, model.r_max, width))
     per_atom = frozenset(f.name for f in model.embeddings if f.per == "atom")
     rows = table[present].astype(np.int32)
     return Dataset(frames, samples, rows, model.r_max, width, per_atom)
+
+
+def _heads(
+    head: str | Sequence[str | None] | None, frames: Sequence[Frame], model: Domain
+) -> list[int]:
+    """The position of each frame's head."""
+    if head is None or isinstance(head, str):
+        return [model.head_index(head)] * len(frames)
+    if len(head) != len(frames):
+        raise ValueError(
+            f"{len(head)} heads were given for {len(frames)} frames; give one name for all, or one "
+            "for each frame."
+        )
+    known = {name: model.head_index(name) for name in dict.fromkeys(head)}
+    return [known[name] for name in head]
 
 
 USUAL = {"total_charge": ("charge", 0), "total_spin": ("spin", 1)}
@@ -204,11 +224,26 @@ def _sample(
         receivers,
         vectors,
         frame.volume if frame.is_periodic else 1.0,
-        None if frame.energy is None else frame.energy - e0,
-        frame.forces,
-        frame.stress if frame.is_periodic else None,
+        *_labels(frame, e0),
         head,
         features,
+    )
+
+
+def _labels(
+    frame: Frame, e0: float
+) -> tuple[float, np.ndarray, np.ndarray, float, np.ndarray, float]:
+    """Energy without E0s, forces, stress, and their weights; zeros where a label is missing."""
+    has_energy, has_forces = frame.energy is not None, frame.forces is not None
+    has_stress = frame.stress is not None and frame.is_periodic
+    atoms = np.ones(len(frame)) if frame.atom_weights is None else frame.atom_weights
+    return (
+        frame.energy - e0 if frame.energy is not None else 0.0,
+        frame.forces if frame.forces is not None else np.zeros((len(frame), 3)),
+        frame.stress if frame.stress is not None else np.zeros((3, 3)),
+        frame.weight * frame.energy_weight * has_energy,
+        frame.weight * frame.forces_weight * has_forces * atoms,
+        frame.weight * frame.stress_weight * has_stress,
     )
 
 
@@ -325,17 +360,15 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
         head[g] = sample.head
         for name, value in sample.features.items():
             features[name][atoms if name in dataset.per_atom else g] = value
-        if sample.energy is not None:
-            energy[g], energy_weight[g] = sample.energy, 1.0
-        if sample.forces is not None:
-            forces[atoms], forces_weight[atoms] = sample.forces, 1.0
-        if sample.stress is not None:
-            stress[g], stress_weight[g] = sample.stress, 1.0
+        energy[g], energy_weight[g] = sample.energy, sample.energy_weight
+        forces[atoms], forces_weight[atoms] = sample.forces, sample.forces_weight
+        stress[g], stress_weight[g] = sample.stress, sample.stress_weight
         node, row = atoms.stop, rows.stop
 
     def real(array: np.ndarray) -> np.ndarray:
         return array.astype(dtype)
 
+    weights = Weights(real(energy_weight), real(forces_weight), real(stress_weight))
     return Batch(
         graph=Graph(
             vectors=real(vectors),
@@ -351,7 +384,8 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
             features={name: real(value) for name, value in features.items()},
         ),
         labels=Labels(real(energy), real(forces), real(stress)),
-        weights=Weights(real(energy_weight), real(forces_weight), real(stress_weight)),
+        weights=weights,
+        totals=totals_of(weights),
         n_atoms=n_atoms,
         frame=frame,
     )

@@ -12,6 +12,16 @@ import numpy as np
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 
+from jaxft.data.labels import (
+    WEIGHTS,
+    atom_weights_of,
+    check_weight,
+    numbers,
+    stress_from_virials,
+    tensor,
+    weights_of,
+)
+
 ISOLATED_ATOM = "IsolatedAtom"
 """``config_type`` of frames that hold one free atom: they give E0s and are never trained on."""
 
@@ -26,6 +36,8 @@ class Keys:
     """eV/Å."""
     stress: str = "REF_stress"
     """eV/Å³, ASE sign: 3x3, its 9 numbers, or Voigt xx, yy, zz, yz, xz, xy."""
+    virials: str = "REF_virials"
+    """eV, −V times the stress, laid out as it; read as a stress."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +61,24 @@ class Frame:
     """Other numbers that came with the frame, by name: ``charge``, ``spin``, …"""
     atom_features: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Other numbers that came with its atoms, [n, …]."""
+    weight: float = 1.0
+    """Of all labels of the frame in the loss: 2 is the frame twice, 0 is no frame."""
+    energy_weight: float = 1.0
+    """Of the energy, times ``weight``; likewise the next two."""
+    forces_weight: float = 1.0
+    stress_weight: float = 1.0
+    atom_weights: np.ndarray | None = None
+    """[n], of the forces on each atom, times ``weight`` and ``forces_weight``; None is 1."""
     config_type: str = "Default"
     source: str = "frame"
     """File and position in it, for messages."""
+
+    def __post_init__(self) -> None:
+        for name in WEIGHTS:
+            check_weight(getattr(self, name), name, self.source)
+        if self.atom_weights is not None:
+            numbers(self.atom_weights, (len(self),), "atom_weights", self.source)
+            check_weight(self.atom_weights, "atom_weights", self.source)
 
     def __len__(self) -> int:
         return len(self.atomic_numbers)
@@ -72,11 +99,17 @@ def read(paths: str | Path | Iterable[str | Path], *, keys: Keys | None = None) 
 
     Labels come from ``atoms.info`` and ``atoms.arrays`` under ``keys``. The reserved names
     ``energy``, ``forces`` and ``stress`` are where ASE puts a calculator's results; ask for them by
-    name, as in ``Keys(energy="energy", forces="forces", stress="stress")``.
+    name, as in ``Keys(energy="energy", forces="forces", stress="stress")``. Virials of a frame that
+    is periodic in three directions are read as its stress.
+
+    Weights come under mace-torch's names, ``info["config_weight"]`` for the frame and
+    ``config_energy_weight``, ``config_forces_weight``, ``config_stress_weight`` (or
+    ``config_virials_weight``), and for single atoms from ``arrays["atom_weights"]``.
 
     Raises:
-      ValueError: a file cannot be read or is empty; a label has the wrong shape or is not finite.
-        The message names file and frame.
+      ValueError: a file cannot be read or is empty; a label or weight has the wrong shape or is not
+        finite, a weight is negative, or stress and virials disagree. The message names file and
+        frame.
     """
     keys = keys or Keys()
     if isinstance(paths, str | Path):
@@ -119,12 +152,26 @@ def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "fra
     energy = atoms.info.get(keys.energy, results.get(keys.energy))
     forces = atoms.arrays.get(keys.forces, results.get(keys.forces))
     stress = atoms.info.get(keys.stress, results.get(keys.stress))
+    virials = atoms.info.get(keys.virials, results.get(keys.virials))
+    frame = unlabelled(atoms, source=source)
+    if energy is not None:
+        energy = float(numbers(energy, (), keys.energy, source))
+    if forces is not None:
+        forces = numbers(forces, (len(atoms), 3), keys.forces, source)
+    if stress is not None:
+        stress = tensor(stress, keys.stress, source)
+    if virials is not None and frame.is_periodic:
+        virials = tensor(virials, keys.virials, source)
+        names = (keys.stress, keys.virials)
+        stress = stress_from_virials(stress, virials, frame.volume, names, source)
     return replace(
-        unlabelled(atoms, source=source),
-        energy=None if energy is None else float(_numbers(energy, (), keys.energy, source)),
-        forces=None if forces is None else _numbers(forces, (len(atoms), 3), keys.forces, source),
-        stress=None if stress is None else _stress(stress, keys.stress, source),
+        frame,
+        energy=energy,
+        forces=forces,
+        stress=stress,
         config_type=str(atoms.info.get("config_type", "Default")),
+        atom_weights=atom_weights_of(atoms, source),
+        **weights_of(atoms, source),
     )
 
 
@@ -177,28 +224,6 @@ def _is_scalar(value: object) -> bool:
     if isinstance(value, np.ndarray):
         return value.size == 1 and value.dtype.kind in "if"
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _numbers(value: object, shape: tuple[int, ...], key: str, source: str) -> np.ndarray:
-    try:
-        array = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {key!r} is {value!r:.60}; expected numbers.") from error
-    if array.shape != shape:
-        raise ValueError(f"{source}: {key!r} has shape {array.shape}; expected {shape}.")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{source}: {key!r} holds NaN or infinity; remove the label or the frame.")
-    return array
-
-
-def _stress(value: object, key: str, source: str) -> np.ndarray:
-    shape = np.shape(np.asarray(value))
-    if shape == (6,):
-        xx, yy, zz, yz, xz, xy = _numbers(value, (6,), key, source)
-        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
-    if shape == (9,):
-        return _numbers(value, (9,), key, source).reshape(3, 3)
-    return _numbers(value, (3, 3), key, source)
 
 
 def split(
