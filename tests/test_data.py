@@ -223,7 +223,7 @@ def test_required_labels_are_checked_before_training():
         data.require_labels([], ["energy"], keys=data.Keys())
 
 
-# --- isolated atoms and splits --------------------------------------------------------------------
+# --- isolated atoms -------------------------------------------------------------------------------
 
 
 def lone(symbol, energy, **info):
@@ -245,25 +245,6 @@ def test_isolated_atoms_give_e0s_and_are_not_trained_on():
         data.isolated_atom_energies([lone("H", None)])
     with pytest.raises(ValueError, match=r"H2\.xyz:0 is marked IsolatedAtom but has 2 atoms"):
         data.isolated_atom_energies([lone("H2", -31.0)])
-
-
-def test_splits_are_disjoint_reproducible_and_keep_isolated_atoms_for_training():
-    frames = [lone("H", -13.6)] + [data.from_atoms(crystal(), source=str(i)) for i in range(20)]
-    train, valid = data.split(frames, valid=0.25, seed=3)
-    assert len(valid) == 5
-    assert sorted(map(id, train + valid)) == sorted(map(id, frames))
-    assert train[0] is frames[0]
-    assert data.split(frames, valid=0.25, seed=3) == (train, valid)
-    assert data.split(frames, valid=0.25, seed=4) != (train, valid)
-
-
-def test_impossible_splits_are_refused():
-    frames = [data.from_atoms(crystal()) for _ in range(2)]
-    for valid in (0.0, 1.0, -0.1, 7):
-        with pytest.raises(ValueError, match=f"valid={valid} is not a fraction; use a number betw"):
-            data.split(frames, valid=valid)
-    with pytest.raises(ValueError, match=r"1 frames cannot be split with valid=0.5; give more"):
-        data.split(frames[:1], valid=0.5)
 
 
 # --- neighbours -----------------------------------------------------------------------------------

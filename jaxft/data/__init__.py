@@ -25,10 +25,10 @@ from jaxft.data.frames import (
     read_atoms,
     require_any_label,
     require_labels,
-    split,
     unlabelled,
     without_isolated_atoms,
 )
+from jaxft.data.split import split, structure_key
 
 __all__ = [
     "ISOLATED_ATOM",
@@ -54,6 +54,7 @@ __all__ = [
     "require_labels",
     "shapes",
     "split",
+    "structure_key",
     "unlabelled",
     "without_isolated_atoms",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 
+from jaxft.data import formats
 from jaxft.data.labels import (
     WEIGHTS,
     atom_weights_of,
@@ -124,11 +125,14 @@ def read(paths: str | Path | Iterable[str | Path], *, keys: Keys | None = None) 
 
 
 def read_atoms(path: Path) -> list[ase.Atoms]:
-    """All frames of one file as ASE's Atoms.
+    """All frames of one file, or folder of shards, as ASE's Atoms; see :mod:`jaxft.data.formats`.
 
     Raises:
       ValueError: the file is absent, empty, or nothing that ASE reads.
     """
+    shards = formats.read(path)
+    if shards is not None:
+        return shards
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a file of structures that ASE can read.")
     try:
@@ -224,31 +228,6 @@ def _is_scalar(value: object) -> bool:
     if isinstance(value, np.ndarray):
         return value.size == 1 and value.dtype.kind in "if"
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def split(
-    frames: Sequence[Frame], *, valid: float, seed: int = 0
-) -> tuple[list[Frame], list[Frame]]:
-    """Random split into training and validation frames.
-
-    Args:
-      frames: to split; isolated atoms stay in the training part.
-      valid: fraction for validation, in (0, 1).
-      seed: of the permutation.
-    """
-    if not 0 < valid < 1:
-        raise ValueError(f"valid={valid} is not a fraction; use a number between 0 and 1.")
-    atoms = [frame for frame in frames if frame.config_type == ISOLATED_ATOM]
-    rest = [frame for frame in frames if frame.config_type != ISOLATED_ATOM]
-    count = max(1, round(valid * len(rest)))
-    if count >= len(rest):
-        raise ValueError(
-            f"{len(rest)} frames cannot be split with valid={valid}; give more frames."
-        )
-    order = np.random.default_rng(seed).permutation(len(rest))
-    chosen = set(order[:count].tolist())
-    train = [frame for i, frame in enumerate(rest) if i not in chosen]
-    return atoms + train, [rest[i] for i in sorted(chosen)]
 
 
 def without_isolated_atoms(frames: Iterable[Frame]) -> list[Frame]:
