@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jaxft import tree
+from jaxft.fisherfile import load, save
 from jaxft.graph import Batch
 from jaxft.strategies.ewc import Fisher, digest
 from jaxft.typing import Array, LossFn, Params
 
-FORMAT, VERSION = "jaxft-fisher", "1"
+__all__ = ["fisher", "load", "sampled", "save"]
 
 SELF_LABELLED = 1e-5
 """Residuals below this fraction of the predictions are rounding, of float32 or of a file with
 eight decimals; models are wrong by a hundred times as much."""
-
-_UNREADABLE = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
-"""What a file that is none, or a damaged one, raises."""
 
 
 def _say_nothing(done: int, total: int | None) -> None:
@@ -77,9 +61,9 @@ def fisher(
       progress: called with (done, total or None) after each frame.
 
     Returns:
-      Values in float64, summed on the host; bound to ``params``. Its provenance holds ``frames``
-      (N), ``skipped``, ``mean_loss``, ``threshold``, ``normalise`` and ``scale`` (what the values
-      were divided by).
+      Values in float64, summed on the host; bound to ``params``. Its provenance holds ``kind``
+      "empirical", ``frames`` (N), ``skipped``, ``mean_loss``, ``threshold``, ``normalise`` and
+      ``scale`` (what the values were divided by).
 
     Raises:
       ValueError: a batch holds more than one frame, a loss or gradient is not finite, no frame is
@@ -94,11 +78,8 @@ def fisher(
     Reference: reEWC, arXiv:2506.15223; its filter of outliers and lack of normalisation as in
     SevenNet.
     """
-    if n is not None and n < 1:
-        raise ValueError(f"fisher(n={n}) takes no frame; use n >= 1, or None for all.")
-    if normalise not in (None, "mean", "max"):
-        raise ValueError(f"fisher(normalise={normalise!r}) is unknown; use 'mean', 'max' or None.")
-    squares = {path: np.zeros(np.shape(leaf)) for path, leaf in tree.flatten(params).items()}
+    _check_request(n, normalise)
+    squares = _zeros(params)
     losses: list[float] = []
     skipped: list[float] = []
     total_blank = 0.0
@@ -116,17 +97,140 @@ def fisher(
         progress(index + 1, n)
     _check_is_some(losses, skipped, threshold)
     _check_labels(squares, losses, total_blank)
-    scale = _scale(squares, len(losses), normalise)
     found = {
+        "kind": "empirical",
         "frames": len(losses),
         "skipped": len(skipped),
         "mean_loss": float(np.mean(losses)),
         "threshold": threshold,
-        "normalise": normalise,
-        "scale": scale,
     }
-    values = {path: total / len(losses) / scale for path, total in squares.items()}
-    return Fisher(tree.unflatten(values), digest(params), {**(provenance or {}), **found})
+    return _finished(squares, len(losses), params, normalise, {**(provenance or {}), **found})
+
+
+def sampled(
+    outputs: Callable[[Params, Any], Array],
+    params: Params,
+    batches: Iterable[Any],
+    *,
+    n: int | None = None,
+    probes: int | None = 1,
+    at_once: int = 1,
+    seed: int = 0,
+    normalise: Literal["mean", "max"] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int | None], None] = _say_nothing,
+) -> Fisher:
+    r"""The diagonal of the Gauss-Newton matrix, for :func:`jaxft.strategies.ewc`; needs no labels.
+
+    .. math:: F_i = \frac{1}{N}\sum_n \sum_o \left(\partial y_{no}/\partial\theta_i\right)^2
+              = \frac{1}{N}\sum_n \mathbb{E}_v
+                \left[\left(\partial (v\cdot y_n)/\partial\theta_i\right)^2\right]
+
+    :math:`y_n` are the outputs of frame n, each times the square root of its weight, and v random
+    signs. It is the true Fisher of labels with Gaussian noise of variance one over the weights. The
+    residuals do not enter, so it is right where :func:`fisher` is zero: for structures that the
+    model labels itself. One probe is one backward pass; the relative standard error of every value
+    is at most :math:`\sqrt{2/P}` with P probes, and falls with the number of frames too.
+
+    Weights count once, not squared: outputs times c give c² F, a loss times c gives c F. Terms add
+    up: F of energies and forces is F of energies plus F of forces.
+
+    Args:
+      outputs: ``(params, batch) -> [o]``, e.g. ``loss.outputs(model, energy=10.0, forces=10.0)``.
+      params: where they are differentiated, θ* of the fine-tuning to come.
+      batches: of one frame each, as in :func:`fisher`; their labels are not looked at.
+      n: take the first n; None takes all.
+      probes: P, per frame. None: one per output, :math:`v=e_o`, which is exact and as expensive.
+      at_once: probes that share one forward pass, by ``jax.vmap``; memory grows with them.
+      seed: of the signs, which depend on it, on the frame and on the probe's number.
+      normalise: as in :func:`fisher`.
+      provenance: as in :func:`fisher`.
+      progress: called with (done, total or None) after each frame.
+
+    Returns:
+      As :func:`fisher`; the provenance holds ``kind`` "sampled", ``frames``, ``probes``, ``seed``,
+      ``normalise`` and ``scale``.
+
+    Raises:
+      ValueError: a batch holds more than one frame, the outputs are not a vector, a gradient is not
+        finite, there are no frames, or no output depends on any parameter.
+
+    Example:
+      >>> def outputs(params, x):
+      ...     return params["w"] * x
+      >>> x = np.array([1.0, 2.0])
+      >>> float(sampled(outputs, {"w": np.ones(())}, [x], probes=None).values["w"])
+      5.0
+
+    Reference: van de Ven, arXiv:2502.11756, on how much the choice of F matters; the estimator is
+    Hutchinson's, Commun. Stat. Simul. Comput. 19, 433 (1990).
+    """
+    _check_request(n, normalise)
+    if (probes is not None and probes < 1) or at_once < 1:
+        raise ValueError(
+            f"sampled(probes={probes}, at_once={at_once}) samples nothing; use numbers >= 1, or "
+            "probes=None for one per output."
+        )
+    squares, frames = _zeros(params), 0
+    for index, batch in enumerate(itertools.islice(batches, n)):
+        _check_is_one_frame(batch, index)
+        like = jax.jit(outputs).eval_shape(params, batch)
+        if like.ndim != 1:
+            raise ValueError(
+                f"the outputs of batch {index} have shape {like.shape}; expected a vector, each "
+                "output times the square root of its weight."
+            )
+        signs = np.random.default_rng([seed, _number(batch, index)])
+        one = _zeros(params)
+        for chunk in _probes(like.shape[0], probes, at_once, signs):
+            _add_squares(one, _pull(outputs, params, batch, chunk.astype(like.dtype)), index)
+        for path, total in one.items():
+            squares[path] += total / (probes or 1)
+        frames += 1
+        progress(frames, n)
+    _check_depends(squares, frames)
+    found = {"kind": "sampled", "frames": frames, "probes": probes, "seed": seed}
+    return _finished(squares, frames, params, normalise, {**(provenance or {}), **found})
+
+
+def _check_request(n: int | None, normalise: str | None) -> None:
+    if n is not None and n < 1:
+        raise ValueError(f"fisher(n={n}) takes no frame; use n >= 1, or None for all.")
+    if normalise not in (None, "mean", "max"):
+        raise ValueError(f"fisher(normalise={normalise!r}) is unknown; use 'mean', 'max' or None.")
+
+
+def _zeros(params: Params) -> dict[str, np.ndarray]:
+    return {path: np.zeros(np.shape(leaf)) for path, leaf in tree.flatten(params).items()}
+
+
+def _number(batch: Any, index: int) -> int:
+    """What tells a frame from the others, in whatever order they come."""
+    return int(np.max(batch.frame)) if isinstance(batch, Batch) else index
+
+
+def _probes(
+    size: int, probes: int | None, at_once: int, signs: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """[at_once, size] each: rows of the identity, or random signs; the last is filled with 0."""
+    total = size if probes is None else probes
+    for start in range(0, total, at_once):
+        count = min(at_once, total - start)
+        chunk = np.zeros((at_once, size))
+        if probes is None:
+            chunk[np.arange(count), start + np.arange(count)] = 1.0
+        else:
+            chunk[:count] = 2.0 * signs.integers(0, 2, (count, size)) - 1.0
+        yield chunk
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pull(
+    outputs: Callable[[Params, Any], Array], params: Params, batch: Any, probes: Array
+) -> Params:
+    """Gradients of v·y, with one more axis in front: [probes, …]."""
+    _, pull = jax.vjp(lambda p: jax.jit(outputs)(p, batch), params)
+    return jax.vmap(lambda v: pull(v)[0])(probes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -148,9 +252,11 @@ def _check_is_one_frame(batch: Any, index: int) -> None:
 
 
 def _add_squares(squares: dict[str, np.ndarray], gradient: Params, index: int) -> None:
+    """Of one gradient, or of several along a first axis."""
     for path, leaf in tree.flatten(gradient).items():
         # Squared in float64, on the host: 1e-20 squared is 0 in float32.
-        squares[path] += np.asarray(leaf, np.float64) ** 2
+        square = np.asarray(leaf, np.float64) ** 2
+        squares[path] += square if square.ndim == squares[path].ndim else square.sum(axis=0)
         if not np.isfinite(squares[path]).all():
             raise ValueError(f"the gradient of batch {index} at {path!r} is not finite.")
 
@@ -175,60 +281,29 @@ def _check_labels(squares: dict[str, np.ndarray], losses: list[float], blank: fl
         )
 
 
-def _scale(squares: dict[str, np.ndarray], frames: int, normalise: str | None) -> float:
-    if normalise is None:
-        return 1.0
-    numbers = np.concatenate([total.ravel() for total in squares.values()])
-    return float(numbers.mean() if normalise == "mean" else numbers.max()) / frames
-
-
-def save(path: str | Path, fisher: Fisher) -> Path:
-    """Write a Fisher as one safetensors file, the rest as JSON in its header.
-
-    Args:
-      path: of the new file, by custom ``NAME.fisher``, beside the model.
-      fisher: from :func:`jaxft.fisher`.
-
-    Raises:
-      FileExistsError: ``path`` exists; nothing is overwritten.
-    """
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists; nothing was overwritten. Give another name.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"parameters": fisher.parameters, "provenance": dict(fisher.provenance)}
-    header = {"format": FORMAT, "version": VERSION, "record": json.dumps(record)}
-    arrays = {name: np.array(leaf, order="C") for name, leaf in tree.flatten(fisher.values).items()}
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(arrays, scratch, metadata=header)
-        Path(scratch).chmod(0o644)
-        os.rename(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def load(path: str | Path) -> Fisher:
-    """Read a Fisher; nothing in the file is executed.
-
-    Raises:
-      ValueError: the file is not a Fisher, or a damaged one.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            given = header.get("format"), header.get("version")
-            if given != (FORMAT, VERSION):
-                raise ValueError(f"it says format {given[0]!r}, version {given[1]!r}")
-            record = json.loads(header["record"])
-            parameters, provenance = record["parameters"], dict(record["provenance"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Fisher(tree.unflatten(arrays), parameters, provenance)
-    except _UNREADABLE as error:
+def _check_depends(squares: dict[str, np.ndarray], frames: int) -> None:
+    if not frames:
+        raise ValueError("sampled() was given no batches.")
+    if not any(total.any() for total in squares.values()):
         raise ValueError(
-            f"{path} is not a Fisher that this jaxft reads: {error}.\n"
-            "Estimate one with jaxft.fisher, and write it with `save` of that module."
-        ) from error
+            f"no output of these {frames} frames depends on any parameter, so the Fisher is zero;\n"
+            "give the energy, the forces or the stress a weight."
+        )
+
+
+def _finished(
+    squares: dict[str, np.ndarray],
+    frames: int,
+    params: Params,
+    normalise: str | None,
+    provenance: dict[str, Any],
+) -> Fisher:
+    """The mean of the squares, normalised."""
+    numbers = [total.ravel() / frames for total in squares.values()]
+    scale = 1.0
+    if normalise is not None:
+        flat = np.concatenate(numbers)
+        scale = float(flat.mean() if normalise == "mean" else flat.max())
+    values = {path: total / frames / scale for path, total in squares.items()}
+    noted = {**provenance, "normalise": normalise, "scale": scale}
+    return Fisher(tree.unflatten(values), digest(params), noted)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +48,12 @@ class Fisher:
                 "self-labelled data is zero, since nothing is left to fit;\nestimate it on "
                 "frames with the labels of the pretraining data."
             )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of names, shapes, numbers and provenance: another Fisher has another."""
+        about = json.dumps([self.parameters, dict(self.provenance)], sort_keys=True, default=str)
+        return _hashed(self.values, np.float64, about)
 
 
 def ewc(fisher: Fisher | Params, *, strength: float, name: str = "ewc") -> Strategy:
@@ -102,16 +110,20 @@ def ewc(fisher: Fisher | Params, *, strength: float, name: str = "ewc") -> Strat
         )
         return 0.5 * strength * sum(jax.tree.leaves(weighted))
 
-    return Strategy(name=name, trains=trains, init=init, penalty=penalty)
+    cites = ("kirkpatrick2017ewc", "kim2026reewc")
+    return Strategy(name=name, trains=trains, init=init, penalty=penalty, cites=cites)
 
 
 def digest(params: Params) -> str:
     """Hash of names, shapes and numbers, rounded to float32: whatever dtype they are loaded in."""
-    found = hashlib.sha256()
+    return _hashed(params, np.float32)
+
+
+def _hashed(params: Params, dtype: type[np.floating], about: str = "") -> str:
+    found = hashlib.sha256(about.encode())
     for path, leaf in sorted(tree.flatten(params).items()):
-        array = np.ascontiguousarray(leaf, np.float32)
         found.update(f"{path} {np.shape(leaf)}\n".encode())
-        found.update(array.tobytes())
+        found.update(np.ascontiguousarray(leaf, dtype).tobytes())
     return found.hexdigest()[:16]
 
 

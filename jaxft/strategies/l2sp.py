@@ -51,7 +51,7 @@ def l2sp(strength: float, *, where: Patterns = "**", name: str = "l2sp") -> Stra
         squares = [jnp.sum((flat[path] - start) ** 2) for path, start in anchor.items()]
         return 0.5 * strength * sum(squares)
 
-    return Strategy(name=name, init=init, penalty=penalty)
+    return Strategy(name=name, init=init, penalty=penalty, cites=("li2018l2sp",))
 
 
 def check_strength(strength: float, who: str) -> None:
