@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ase.data import chemical_symbols
 
+from jaxft.data.cache import cached_neighbours
+from jaxft.data.features import USUAL as USUAL
+from jaxft.data.features import feature_of
 from jaxft.data.frames import Frame
-from jaxft.data.neighbours import Edges, neighbours
+from jaxft.data.neighbours import neighbours
+from jaxft.data.packing import ATOM_COST, ROW_COST, Shape, ladder, plan, smallest
+from jaxft.data.samples import Sample, best_width, sample_of
 from jaxft.graph import PADDING_DISTANCE, Batch, Graph, Labels, Weights, totals_of
-from jaxft.typing import Domain, Feature
+from jaxft.typing import Domain
 
-ROW_WIDTHS = (4, 8, 16, 32, 64)
-"""Slots per edge row; a dataset uses the one that wastes least."""
-
-ROW_COST = 2
-"""What a row costs beyond its slots, in slots; so wide rows win ties."""
-
-LADDER = tuple(1.25**-k for k in range(6))
-"""Sizes of the static shapes, relative to the largest batch that can occur."""
-
-
-class _Sample(NamedTuple):
-    """One frame, ready to be packed. n atoms, r rows of K slots."""
-
-    species: np.ndarray
-    senders: np.ndarray
-    receivers: np.ndarray
-    vectors: np.ndarray
-    volume: float
-    energy: float
-    forces: np.ndarray
-    stress: np.ndarray
-    energy_weight: float
-    """0 for a missing label, which itself is 0; likewise the next two."""
-    forces_weight: np.ndarray
-    stress_weight: float
-    head: int
-    features: dict[str, np.ndarray]
-    """[] or [in_dim] per graph, [n, …] per atom."""
+SIMULATED = 1024
+"""Batches, at most, that the choice of static shapes looks at, in shuffled epochs that no run
+sees; together they hold at most 64 times as many frames."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +32,7 @@ class Dataset:
     """Frames with their edges, in rows, for models with one element table and cutoff."""
 
     frames: Sequence[Frame]
-    samples: Sequence[_Sample]
+    samples: Sequence[Sample]
     elements: np.ndarray
     """[S] int32, rows of the model's element table that occur."""
     r_max: float
@@ -60,20 +43,30 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @functools.cached_property
+    def nodes(self) -> np.ndarray:
+        """[frames] atoms."""
+        return np.array([len(sample.species) for sample in self.samples], int)
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """[frames] edge rows."""
+        return np.array([len(sample.receivers) for sample in self.samples], int)
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """[frames] edges."""
+        return np.array([sample.n_edge for sample in self.samples], int)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """[frames], what a frame adds to a batch, in edge slots."""
+        return ATOM_COST * self.nodes + (self.row_width + ROW_COST) * self.rows
+
     @property
     def fill(self) -> float:
         """Fraction of the edge slots that hold an edge, before batches are padded."""
-        lengths = [np.linalg.norm(s.vectors, axis=-1) for s in self.samples]
-        slots = sum(length.size for length in lengths)
-        return sum(int((length < self.r_max).sum()) for length in lengths) / max(slots, 1)
-
-
-class Shape(NamedTuple):
-    """A static shape: atoms, edge rows and graphs, padding included."""
-
-    n_node: int
-    n_row: int
-    n_graph: int
+        return float(self.edges.sum() / max(self.row_width * self.rows.sum(), 1))
 
 
 def prepare(
@@ -82,6 +75,7 @@ def prepare(
     *,
     head: str | Sequence[str | None] | None = None,
     row_width: int | None = None,
+    cache: Path | None = None,
 ) -> Dataset:
     """Build neighbour lists and remove the model's isolated-atom energies from the labels.
 
@@ -90,7 +84,8 @@ def prepare(
       model: gives the element table, the cutoff, the E0s and what else it reads of a frame.
       head: of the model, that these frames belong to, or one for each frame; not needed with one
         head.
-      row_width: slots per edge row; by default the one of ``ROW_WIDTHS`` that wastes least.
+      row_width: slots per edge row; by default the one of ``ROW_WIDTHS`` that costs least.
+      cache: a folder where neighbour lists are kept between runs; see :mod:`jaxft.data.cache`.
 
     Raises:
       ValueError: a frame holds an element that the model does not know, an impossible geometry, or
@@ -99,19 +94,23 @@ def prepare(
     """
     heads = _heads(head, frames, model)
     check_elements(frames, model.atomic_numbers)
-    features = [{f.name: _feature(frame, f) for f in model.embeddings} for frame in frames]
+    features = [{f.name: feature_of(frame, f) for f in model.embeddings} for frame in frames]
     table = np.full(120, -1)
     table[list(model.atomic_numbers)] = np.arange(len(model.atomic_numbers))
     present = np.unique(np.concatenate([f.atomic_numbers for f in frames] or [np.zeros(0, int)]))
-    edges = [neighbours(frame, model.r_max) for frame in frames]
-    width = row_width or _best_width(
+    edges = (
+        [neighbours(frame, model.r_max) for frame in frames]
+        if cache is None
+        else cached_neighbours(frames, model.r_max, Path(cache))
+    )
+    width = row_width or best_width(
         [np.bincount(e.receivers, minlength=len(f)) for e, f in zip(edges, frames, strict=True)]
     )
     samples = []
     for frame, edge, given, index in zip(frames, edges, features, heads, strict=True):
         species = np.searchsorted(present, frame.atomic_numbers)
         e0 = float(model.e0s[index][table[frame.atomic_numbers]].sum())
-        samples.append(_sample(frame, edge, species, e0, index, given, model.r_max, width))
+        samples.append(sample_of(frame, edge, species, e0, index, given, model.r_max, width))
     per_atom = frozenset(f.name for f in model.embeddings if f.per == "atom")
     rows = table[present].astype(np.int32)
     return Dataset(frames, samples, rows, model.r_max, width, per_atom)
@@ -132,48 +131,6 @@ def _heads(
     return [known[name] for name in head]
 
 
-USUAL = {"total_charge": ("charge", 0), "total_spin": ("spin", 1)}
-"""Other names of features, and what they are where a frame is silent, as in mace-torch: a neutral
-singlet. All other features must be given."""
-
-
-def _feature(frame: Frame, feature: Feature) -> np.ndarray:
-    """What a frame says of a feature, checked: [], or [n, …]."""
-    name, (alias, default) = feature.name, USUAL.get(feature.name, (feature.name, None))
-    told: Mapping[str, object] = frame.features if feature.per == "graph" else frame.atom_features
-    given = {key: told[key] for key in (name, alias) if key in told}
-    try:
-        values = [np.asarray(value, np.float64) for value in given.values()]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{frame.source} says {given}; expected numbers.") from error
-    if not values and default is None:
-        raise ValueError(
-            f"{frame.source} has no {name!r}, which the model reads; set it in atoms."
-            f"{'info' if feature.per == 'graph' else 'arrays'}[{name!r}]."
-        )
-    value = values[0] if values else np.asarray(default, np.float64)
-    if any(not np.array_equal(value, other) for other in values[1:]):
-        raise ValueError(f"{frame.source} says {given}; expected the same under both names.")
-    shape: tuple[int, ...] = () if feature.per == "graph" else (len(frame),)
-    wide = (*shape, feature.in_dim) if feature.in_dim > 1 else shape
-    if value.size != np.prod(wide, dtype=int) or value.shape[: len(shape)] != shape:
-        raise ValueError(
-            f"{frame.source}: {name!r} has shape {value.shape}; expected {wide} "
-            f"(per {'frame' if feature.per == 'graph' else 'atom'})."
-        )
-    value = value.reshape(wide)
-    if feature.num_classes is not None:
-        low, high = -feature.offset, feature.num_classes - 1 - feature.offset
-        if ((value != np.round(value)) | (value < low) | (value > high)).any():
-            raise ValueError(
-                f"{frame.source}: {name!r} is {value}; this model knows whole numbers from "
-                f"{low} to {high}."
-            )
-    elif not np.isfinite(value).all():
-        raise ValueError(f"{frame.source}: {name!r} is {value}; expected finite numbers.")
-    return value
-
-
 def check_elements(frames: Sequence[Frame], known: tuple[int, ...]) -> None:
     """Raises ValueError if a frame holds an element that is not among ``known``."""
     for frame in frames:
@@ -187,103 +144,34 @@ def check_elements(frames: Sequence[Frame], known: tuple[int, ...]) -> None:
             )
 
 
-def _best_width(degrees: Sequence[np.ndarray]) -> int:
-    counts = np.concatenate(list(degrees) or [np.zeros(0, int)])
+def shapes(dataset: Dataset, size: int, *, shuffled: bool = True) -> list[Shape]:
+    """The static shapes, ascending and at most six, that batches of ``size`` frames use.
 
-    def cost(width: int) -> int:
-        return int((-(-counts // width)).sum()) * (width + ROW_COST)
+    Those that waste least, see :func:`jaxft.data.packing.ladder`: over simulated epochs, and one in
+    which any batch fits; or over the only epoch that there is, if frames keep their order.
 
-    return min(reversed(ROW_WIDTHS), key=cost)
-
-
-def _sample(
-    frame: Frame,
-    edges: Edges,
-    species: np.ndarray,
-    e0: float,
-    head: int,
-    features: dict[str, np.ndarray],
-    r_max: float,
-    width: int,
-) -> _Sample:
-    degree = np.bincount(edges.receivers, minlength=len(frame))
-    rows_of = -(-degree // width)
-    first_row = np.cumsum(rows_of) - rows_of
-    first_edge = np.cumsum(degree) - degree
-    rank = np.arange(len(edges.receivers)) - first_edge[edges.receivers]
-    row, slot = first_row[edges.receivers] + rank // width, rank % width
-    receivers = np.repeat(np.arange(len(frame)), rows_of)
-    senders = np.repeat(receivers[:, None], width, axis=1)
-    vectors = np.zeros((len(receivers), width, 3))
-    vectors[..., 0] = PADDING_DISTANCE * r_max
-    senders[row, slot] = edges.senders
-    vectors[row, slot] = edges.vectors
-    return _Sample(
-        species,
-        senders,
-        receivers,
-        vectors,
-        frame.volume if frame.is_periodic else 1.0,
-        *_labels(frame, e0),
-        head,
-        features,
-    )
-
-
-def _labels(
-    frame: Frame, e0: float
-) -> tuple[float, np.ndarray, np.ndarray, float, np.ndarray, float]:
-    """Energy without E0s, forces, stress, and their weights; zeros where a label is missing."""
-    has_energy, has_forces = frame.energy is not None, frame.forces is not None
-    has_stress = frame.stress is not None and frame.is_periodic
-    atoms = np.ones(len(frame)) if frame.atom_weights is None else frame.atom_weights
-    return (
-        frame.energy - e0 if frame.energy is not None else 0.0,
-        frame.forces if frame.forces is not None else np.zeros((len(frame), 3)),
-        frame.stress if frame.stress is not None else np.zeros((3, 3)),
-        frame.weight * frame.energy_weight * has_energy,
-        frame.weight * frame.forces_weight * has_forces * atoms,
-        frame.weight * frame.stress_weight * has_stress,
-    )
-
-
-def shapes(dataset: Dataset, size: int) -> list[Shape]:
-    """The static shapes, ascending, that batches of ``size`` frames use.
-
-    A ladder of at most ``len(LADDER)`` sizes below the largest batch that can occur, thinned to the
-    ones that shuffled full batches reach, so that a short last batch compiles nothing new.
+    Args:
+      dataset: from :func:`prepare`.
+      size: most frames per batch.
+      shuffled: whether the epochs are.
     """
-    size = min(size, len(dataset))
-    nodes = np.array([len(sample.species) for sample in dataset.samples])
-    rows = np.array([len(sample.receivers) for sample in dataset.samples])
-    ladder = [
-        Shape(
-            _round_up(scale * np.sort(nodes)[-size:].sum() + 1),
-            _round_up(scale * np.sort(rows)[-size:].sum() + 1),
-            size + 1,
-        )
-        for scale in LADDER
-    ]
-    used = {ladder[0]}
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        order = rng.permutation(len(nodes))
-        for chosen in _chunks(order, size):
-            if len(chosen) == size:
-                used.add(_smallest(ladder, nodes[chosen].sum(), rows[chosen].sum()))
-    return sorted(used)
-
-
-def _round_up(count: float, multiple: int = 8) -> int:
-    return int(-(-count // multiple)) * multiple
-
-
-def _smallest(ladder: Sequence[Shape], n_node: int, n_row: int) -> Shape:
-    return min(shape for shape in ladder if shape.n_node > n_node and shape.n_row >= n_row)
-
-
-def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    if size < 1:
+        raise ValueError(f"batches of {size} frames are not possible; use a size >= 1.")
+    if not len(dataset):
+        return []
+    n_frame = -(-len(dataset) // num_batches(dataset, size))
+    sizes = np.stack([dataset.nodes, dataset.rows], axis=1)
+    rng = np.random.default_rng(0) if shuffled else None
+    looks = max(1, min(SIMULATED, 64 * SIMULATED // n_frame)) if shuffled else None
+    epochs = itertools.repeat(rng) if shuffled else [rng]
+    found = (batch for rng in epochs for batch in plan(dataset.costs, size, rng))
+    most = np.sort(sizes, axis=0)[-n_frame:].sum(axis=0)
+    return ladder(
+        np.array([sizes[batch].sum(axis=0) for batch in itertools.islice(found, looks)]),
+        n_graph=n_frame + 1,
+        row_width=dataset.row_width,
+        most=(int(most[0]), int(most[1])) if shuffled else None,
+    )
 
 
 def epoch(
@@ -297,30 +185,58 @@ def epoch(
 ) -> Iterator[Batch]:
     """The batches of one pass over the dataset; every frame occurs exactly once.
 
+    Batches have equal numbers of frames, or one less. In a shuffled epoch batches that follow one
+    another trade frames until they are about equally large; see :mod:`jaxft.data.packing`.
+
     Args:
       dataset: from :func:`prepare`.
-      size: frames per batch.
+      size: most frames per batch.
       dtype: of the floating arrays.
       seed: with ``number`` it determines the order; None keeps the dataset's order.
       number: of the epoch.
       start: skip this many batches (to resume inside an epoch).
     """
-    if size < 1:
-        raise ValueError(f"batches of {size} frames are not possible; use a size >= 1.")
-    ladder = shapes(dataset, size)
-    order = np.arange(len(dataset))
-    if seed is not None:
-        order = np.random.default_rng([seed, number]).permutation(order)
-    for chosen in _chunks(order, size)[start:]:
-        samples = [dataset.samples[i] for i in chosen]
-        n_node = sum(len(sample.species) for sample in samples)
-        n_row = sum(len(sample.receivers) for sample in samples)
-        yield pack(dataset, chosen, _smallest(ladder, n_node, n_row), dtype)
+    sizes = shapes(dataset, size, shuffled=seed is not None)
+    for chosen in itertools.islice(_plan(dataset, size, seed, number), start, None):
+        shape = smallest(sizes, dataset.nodes[chosen].sum(), dataset.rows[chosen].sum())
+        yield pack(dataset, chosen, shape, dtype)
+
+
+def _plan(dataset: Dataset, size: int, seed: int | None, number: int) -> Iterator[np.ndarray]:
+    rng = None if seed is None else np.random.default_rng([seed, number])
+    return plan(dataset.costs, size, rng)
 
 
 def num_batches(dataset: Dataset, size: int) -> int:
     """Batches per epoch."""
     return -(-len(dataset) // size)
+
+
+class Padding(NamedTuple):
+    """Fractions of the slots of an epoch's batches that hold nothing."""
+
+    atoms: float
+    rows: float
+    edges: float
+    """Free slots in rows and those of empty rows."""
+    shapes: int
+    """How many static shapes occur; for each the model is compiled."""
+
+
+def padding(dataset: Dataset, size: int, *, seed: int | None = 0, number: int = 0) -> Padding:
+    """How much of the batches of :func:`epoch` is padding; nothing is packed."""
+    sizes = shapes(dataset, size, shuffled=seed is not None)
+    used = [
+        smallest(sizes, dataset.nodes[chosen].sum(), dataset.rows[chosen].sum())
+        for chosen in _plan(dataset, size, seed, number)
+    ]
+    n_node, n_row = sum(shape.n_node for shape in used), sum(shape.n_row for shape in used)
+    return Padding(
+        atoms=1 - int(dataset.nodes.sum()) / n_node,
+        rows=1 - int(dataset.rows.sum()) / n_row,
+        edges=1 - int(dataset.edges.sum()) / (n_row * dataset.row_width),
+        shapes=len(set(used)),
+    )
 
 
 def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dtype: str) -> Batch:
