@@ -31,6 +31,7 @@ LAYERS = {
         "optimizer",
         "citation",
         "logs",
+        "report",
     ],
     5: ["fit", "calculator"],
     6: ["cli", "config", "run", "presets", "inspection", "page"],

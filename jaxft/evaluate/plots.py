@@ -13,6 +13,7 @@ from ase.units import GPa
 from jaxft.bundle import refuse_existing
 from jaxft.data import Frame
 from jaxft.evaluate.predictions import FrameResult
+from jaxft.evaluate.svg import inline, new_figure
 
 FORMATS = (".png", ".pdf", ".svg")
 """Of a picture, by its suffix."""
@@ -59,15 +60,23 @@ def parity_plot(
       ValueError: no frame has a label, or no results are given, or too many to tell apart.
       ImportError: matplotlib is not installed.
     """
-    if not 1 <= len(results) <= len(COLOURS):
-        raise ValueError(f"{len(results)} sets of results were given; give 1 to {len(COLOURS)}.")
     panels = _panels(frames, results)
-    if not panels:
-        raise ValueError("none of the frames has a label to compare with; check the label keys.")
     path = Path(path)
     check_picture(path)
     _figure(panels).savefig(path, dpi=160)
     return path
+
+
+def parity_svg(
+    frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]], *, ids: str
+) -> str:
+    """The picture of :func:`parity_plot` as an element for a page, see :mod:`jaxft.evaluate.svg`.
+
+    Raises:
+      ValueError, ImportError: as :func:`parity_plot`.
+    """
+    panels = _panels(frames, results)
+    return inline(lambda: _figure(panels), ids=ids, label="predictions against labels")
 
 
 def check_picture(path: Path) -> None:
@@ -81,6 +90,8 @@ def check_picture(path: Path) -> None:
 
 
 def _panels(frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]]) -> list[_Panel]:
+    if not 1 <= len(results) <= len(COLOURS):
+        raise ValueError(f"{len(results)} sets of results were given; give 1 to {len(COLOURS)}.")
     energy = [i for i, frame in enumerate(frames) if frame.energy is not None]
     forces = [i for i, frame in enumerate(frames) if frame.forces is not None]
     stress = [i for i, f in enumerate(frames) if f.stress is not None and f.is_periodic]
@@ -100,6 +111,8 @@ def _panels(frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]
         found.append(panel("forces", "eV/Å", ("meV/Å", 1e3), forces))
     if stress:
         found.append(panel("stress", "GPa", ("GPa", 1.0), stress))
+    if not found:
+        raise ValueError("none of the frames has a label to compare with; check the label keys.")
     return found
 
 
@@ -110,16 +123,8 @@ def _values(item: Frame | FrameResult, name: str, count: int) -> np.ndarray:
 
 
 def _figure(panels: Sequence[_Panel]) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib, which is not installed;\nuse pip install 'jaxft[plots]'."
-        ) from error
     width, height = 4.2, 6.2
-    figure = Figure(figsize=(width * len(panels), height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width * len(panels), height)
     grid = figure.subplots(2, len(panels), squeeze=False, height_ratios=(3, 1.3))
     for (parity, residual), panel in zip(grid.T, panels, strict=True):
         _draw_parity(parity, panel)
@@ -131,7 +136,7 @@ def _figure(panels: Sequence[_Panel]) -> Any:
 def _draw_parity(axes: Any, panel: _Panel) -> None:
     everything = np.concatenate([panel.reference, *panel.predicted.values()])
     limits = _limits(everything)
-    axes.plot(limits, limits, color="0.35", linewidth=0.8, zorder=1)
+    axes.plot(limits, limits, color="0.5", linewidth=0.8, zorder=1)
     for colour, (name, predicted) in zip(COLOURS, panel.predicted.items(), strict=False):
         rmse = panel.error_factor * np.sqrt(np.mean((predicted - panel.reference) ** 2))
         axes.scatter(
@@ -158,7 +163,7 @@ def _draw_parity(axes: Any, panel: _Panel) -> None:
 
 
 def _draw_errors(axes: Any, panel: _Panel) -> None:
-    axes.axhline(0.0, color="0.35", linewidth=0.8, zorder=1)
+    axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=1)
     for colour, predicted in zip(COLOURS, panel.predicted.values(), strict=False):
         error = panel.error_factor * (predicted - panel.reference)
         axes.scatter(panel.reference, error, **_marker(panel.reference.size, colour))
