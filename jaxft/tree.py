@@ -121,6 +121,20 @@ def copy(tree: Tree) -> Tree:
     return jax.tree.map(jnp.copy, tree)
 
 
+def interpolate(start: Params, end: Params, a: float) -> Params:
+    """``start + a (end - start)``, leaf by leaf; 0 and 1 give the two trees bit for bit.
+
+    Dtypes are those of ``start``; an amount outside [0, 1] extrapolates.
+    """
+
+    def leaf(x: Any, y: Any) -> Any:
+        if a == 0:
+            return x
+        return y.astype(x.dtype) if a == 1 else (x + float(a) * (y - x)).astype(x.dtype)
+
+    return jax.tree.map(leaf, start, end)
+
+
 def size(params: Params) -> int:
     """How many numbers the tree holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

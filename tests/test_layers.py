@@ -24,6 +24,7 @@ LAYERS = {
         "evaluate",
         "bundle",
         "describe",
+        "changes",
         "e0s",
         "preflight",
         "checkpoint",

@@ -93,6 +93,22 @@ def test_copy_owns_its_buffers():
     assert copied.tolist() == leaf.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_interpolate_ends_bitwise_and_keeps_the_dtype(dtype, kind):
+    start = {"a": {"b": kind(np.array([0.1, 3e7, -0.0], dtype))}}
+    end = {"a": {"b": kind(np.array([1e9, -0.3, 0.7], dtype))}}
+    assert (start["a"]["b"] + (end["a"]["b"] - start["a"]["b"]) != end["a"]["b"]).any()
+    for amount, wanted in ((0, start), (1.0, end)):
+        found = np.asarray(tree.interpolate(start, end, amount)["a"]["b"])
+        assert found.tobytes() == np.asarray(wanted["a"]["b"]).tobytes()
+    for amount in (-0.5, np.float64(0.25), 2):
+        found = tree.interpolate(start, end, amount)["a"]["b"]
+        assert found.dtype == dtype
+        wanted = (1 - amount) * np.asarray(start["a"]["b"]) + amount * np.asarray(end["a"]["b"])
+        np.testing.assert_allclose(found, wanted, rtol=1e-6 if dtype == "float32" else 1e-14)
+
+
 def test_size_counts_numbers_and_skips_holes():
     assert tree.size(SMALL) == 6 + 4 + 12 + 1 + 3 + 1
     assert tree.size(tree.partition(SMALL, tree.mask(SMALL, "**/1o"))[0]) == 4

@@ -1,0 +1,143 @@
+"""Self-distillation: predictions stay near those of the model that training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.graph import Batch, Graph, sum_atoms
+from jaxft.strategies.base import Strategy
+from jaxft.strategies.l2sp import check_strength
+from jaxft.typing import Array, Consts, Coords, Params
+
+
+class Predicted(Protocol):
+    """What a prediction must hold; :class:`jaxft.potential.Prediction` does."""
+
+    @property
+    def energy(self) -> Array:
+        """[G] eV."""
+
+    @property
+    def forces(self) -> Array:
+        """[N, 3] eV/Å."""
+
+    @property
+    def stress(self) -> Array:
+        """[G, 3, 3] eV/Å³."""
+
+
+def distill(
+    predict: Callable[[Params, Graph], Predicted],
+    *,
+    strength: float,
+    energy: float = 1.0,
+    forces: float = 1.0,
+    stress: float = 0.0,
+    on: Literal["all", "unlabelled"] = "all",
+    name: str = "distill",
+) -> Strategy:
+    r"""Functional regularisation: a penalty on changed predictions instead of changed parameters.
+
+    .. math:: \lambda \left( w_E \langle (\Delta E/N)^2 \rangle + w_F \langle \Delta F^2 \rangle
+              + w_S \langle \Delta\sigma^2 \rangle \right)
+
+    Δ is the difference between the effective parameters and those that training starts from, on the
+    batch's own structures. Means run over graphs, force components and stress components of
+    periodic graphs; padding is in none. With ``on="unlabelled"`` only structures without any label
+    take part: frames that are there to be remembered, which then need neither labels nor a head.
+
+    The teacher costs one more evaluation of energies and forces per step, and no gradient.
+
+    Args:
+      predict: ``(params, graph) -> prediction``: ``functools.partial(jaxft.predict, model)``.
+      strength: λ. 0 is plain fine-tuning, bitwise.
+      energy: w_E, (eV/atom)⁻².
+      forces: w_F, (eV/Å)⁻².
+      stress: w_S, (eV/Å³)⁻².
+      on: which structures of a batch.
+      name: of the strategy.
+
+    Returns:
+      A strategy that trains everything and owns no coordinates.
+
+    Raises:
+      ValueError: a weight is negative or not finite, all three are 0, or ``on`` is unknown.
+
+    Example:
+      >>> def predict(params, graph):
+      ...     return jaxft.predict(model, params, graph)
+      >>> recipe = (distill(predict, strength=10.0, on="unlabelled"),)
+
+    Reference: Li and Hoiem, ECCV 2016, arXiv:1606.09282 (learning without forgetting), with
+    squared differences of energies and forces.
+    """
+    check_strength(strength, "distill")
+    _check(energy, forces, stress, on)
+
+    def init(key: Array, params: Params) -> tuple[Coords, Consts]:
+        return {}, {"anchor": params}
+
+    def penalty(params: Params, consts: Consts, batch: Batch) -> Array:
+        if strength == 0:  # 0 · ∞ is not 0
+            return jnp.zeros_like(jax.tree.leaves(params)[0], shape=())
+        graph = batch.graph
+        student = _same_program(lambda params: predict(params, graph))(params)
+        teacher = jax.lax.stop_gradient(predict(consts["anchor"], graph))
+        graphs = graph.is_graph if on == "all" else graph.is_graph & _is_unlabelled(batch)
+        atoms = graph.is_atom & graphs[graph.graph_index]
+        total = jnp.zeros((), student.energy.dtype)
+        if energy:
+            change = (student.energy - teacher.energy) / batch.n_atoms
+            total += energy * _mean(change**2, graphs)
+        if forces:
+            change = student.forces - teacher.forces
+            total += forces * _mean(jnp.mean(change**2, axis=-1), atoms)
+        if stress:
+            change = student.stress - teacher.stress
+            # a graph that is not periodic has volume 1 by convention, and no stress
+            periodic = graphs & (graph.volume != 1)
+            total += stress * _mean(jnp.mean(change**2, axis=(-2, -1)), periodic)
+        return strength * total
+
+    return Strategy(name=name, init=init, penalty=penalty, cites=("li2016lwf",))
+
+
+def _same_program(predict: Callable[[Params], Predicted]) -> Callable[[Params], Predicted]:
+    """``predict``, whose values under differentiation are those of ``predict`` itself.
+
+    Differentiation computes them in another order, so that at the anchor student and teacher would
+    differ by rounding. The forward pass that this adds is one that the compiler shares.
+    """
+    plain = jax.custom_jvp(predict)
+
+    @plain.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        return predict(*primals), jax.jvp(predict, primals, tangents)[1]
+
+    return plain
+
+
+def _is_unlabelled(batch: Batch) -> Array:
+    """[G]: no label of the graph has weight."""
+    weights = batch.weights
+    return (weights.energy + weights.stress + sum_atoms(weights.forces, batch.graph)) == 0
+
+
+def _mean(values: Array, chosen: Array) -> Array:
+    """Over what is chosen; 0, with zero gradient, where nothing is."""
+    count = jnp.maximum(chosen.sum(), 1)
+    return jnp.sum(jnp.where(chosen, values, 0)) / count
+
+
+def _check(energy: float, forces: float, stress: float, on: Any) -> None:
+    weights = {"energy": energy, "forces": forces, "stress": stress}
+    wrong = {key: value for key, value in weights.items() if not 0 <= value < float("inf")}
+    if wrong or not any(weights.values()):
+        given = ", ".join(f"{key}={value}" for key, value in (wrong or weights).items())
+        raise ValueError(f"distill({given}) compares nothing; use finite weights >= 0, one > 0.")
+    if on not in ("all", "unlabelled"):
+        raise ValueError(f"distill(on={on!r}) is unknown; use 'all' or 'unlabelled'.")
