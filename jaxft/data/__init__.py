@@ -1,5 +1,6 @@
 """Frames, neighbour lists and batches."""
 
+from jaxft.data.audit import Audit, audit
 from jaxft.data.batches import (
     USUAL,
     Dataset,
@@ -33,12 +34,14 @@ from jaxft.data.split import split, structure_key
 __all__ = [
     "ISOLATED_ATOM",
     "USUAL",
+    "Audit",
     "Coverage",
     "Dataset",
     "Frame",
     "Keys",
     "Shape",
     "atom_features_of",
+    "audit",
     "check_elements",
     "coverage",
     "epoch",
