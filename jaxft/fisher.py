@@ -133,7 +133,8 @@ def sampled(
     is at most :math:`\sqrt{2/P}` with P probes, and falls with the number of frames too.
 
     Weights count once, not squared: outputs times c give c² F, a loss times c gives c F. Terms add
-    up: F of energies and forces is F of energies plus F of forces.
+    up: F of energies and forces is F of energies plus F of forces, each from ``outputs`` with one
+    weight alone. F is half of the Gauss-Newton Hessian of the sum of squares.
 
     Args:
       outputs: ``(params, batch) -> [o]``, e.g. ``loss.outputs(model, energy=10.0, forces=10.0)``.

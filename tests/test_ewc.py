@@ -10,7 +10,9 @@ import pytest
 
 import jaxft
 from jaxft import config, tree
+from jaxft.data import Keys
 from jaxft.fisher import save
+from jaxft.recipe import Setting
 from jaxft.strategies import base, ewc, freeze, l2sp, lora
 from jaxft.strategies.ewc import Fisher, digest
 
@@ -106,6 +108,38 @@ def test_strength_zero_is_plain_fine_tuning_bitwise(found, params):
     infinite = jax.tree.map(lambda x: np.full(x.shape, np.inf), params)
     _, consts = base.init(recipe, KEY, params)
     assert all(float(p) == 0.0 for p in base.penalties(recipe, infinite, consts, None).values())
+
+
+def test_the_leash_is_there_in_every_step_of_two_that_take_turns():
+    """reEWC: target and memory alternate, the first update is plain, strength 0 is replay."""
+    params, importance = {"w": jnp.array([0.2, 0.5])}, {"w": np.array([10.0, 0.1])}
+    turns = [np.array([1.0, -1.0]), np.array([-2.0, 3.0])] * 5
+
+    def towards(params, batch):
+        return 0.5 * jnp.sum((params["w"] - batch) ** 2), {}
+
+    def path(recipe):
+        init, step = jaxft.finetune(towards, recipe, optax.adam(0.05))
+        state, seen = init(KEY, params), []
+        for batch in turns:
+            state, info = step(state, batch)
+            seen.append((np.asarray(jaxft.merge(recipe, state)["w"]), info))
+        return seen
+
+    plain, slack, leashed = (
+        path(recipe)
+        for recipe in ((), (ewc(importance, strength=0.0),), (ewc(importance, strength=5.0),))
+    )
+    for (a, _), (b, _) in zip(plain, slack, strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert leashed[0][0].tobytes() == plain[0][0].tobytes()
+    before = np.asarray(params["w"])
+    for w, info in leashed:
+        way = before - np.asarray(params["w"])
+        expected = 2.5 * float(np.sum(importance["w"] * way**2))
+        assert float(info["penalty/ewc"]) == pytest.approx(expected, rel=1e-9, abs=1e-18)
+        before = w
+    assert all(float(info["penalty/ewc"]) > 0 for _, info in leashed[1:])
 
 
 def test_what_matters_is_pinned_and_the_rest_is_free():
@@ -234,7 +268,7 @@ def test_digest_knows_names_shapes_and_numbers():
     assert digest({"x": np.ones(1), "a": np.ones(2)}) == digest({"a": np.ones(2), "x": np.ones(1)})
 
 
-def test_a_config_names_l2sp_and_a_fisher_by_its_file(found, params, tmp_path):
+def test_a_config_names_l2sp_and_a_fisher_by_its_file(found, model, params, tmp_path):
     path = save(tmp_path / "base.fisher", found)
     document = {
         "model": "base.jaxft",
@@ -248,7 +282,8 @@ def test_a_config_names_l2sp_and_a_fisher_by_its_file(found, params, tmp_path):
         ],
     }
     settings = config.validate(document, "the test")
-    recipe = config.strategies(settings)
+    setting = Setting(model, params, Keys())
+    recipe = config.strategies(settings, setting)
     near, consts = moved(params, recipe)
     got = base.penalties(recipe, near, consts, None)
     expected = (ewc(found, strength=1e3), l2sp(0.1, where="readouts_*/**", name="readouts"))
@@ -256,4 +291,4 @@ def test_a_config_names_l2sp_and_a_fisher_by_its_file(found, params, tmp_path):
     assert f"fisher: {path}" in config.to_yaml(settings)
     document["recipe"][0]["fisher"] = str(tmp_path / "none.fisher")
     with pytest.raises(ValueError, match=re.escape("none.fisher is not a Fisher")):
-        config.strategies(config.validate(document, "the test"))
+        config.strategies(config.validate(document, "the test"), setting)

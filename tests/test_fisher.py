@@ -12,7 +12,7 @@ from conftest import labelled
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from jaxft import data, fisher, predict, tree
+from jaxft import data, fisher, loss, tree
 from jaxft.calibration import calibration, group_of
 from jaxft.fisher import load, sampled, save
 from jaxft.strategies import ewc
@@ -306,15 +306,8 @@ def test_sampled_refuses(arguments, message):
 
 @pytest.fixture(scope="module")
 def outputs(model):
-    """√w times energy per atom and forces; the padding has weight 0, and no label is read."""
-
-    def vector(params, batch):
-        said = predict(model, params, batch.graph)
-        energy = jnp.where(batch.graph.is_graph, said.energy / batch.n_atoms, 0.0)
-        forces = jnp.where(batch.graph.is_atom[:, None], said.forces, 0.0)
-        return jnp.concatenate([2.0 * energy, forces.ravel()])
-
-    return vector
+    """Energy per atom and forces, weighted."""
+    return loss.outputs(model, energy=4.0, forces=30.0)
 
 
 @pytest.fixture(scope="module")
