@@ -2,61 +2,246 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
-from jaxft.graph import Batch
-from jaxft.potential import Potential, predict
+from jaxft.graph import Batch, Labels, Weights, totals_of
+from jaxft.potential import Potential, Prediction, predict
 from jaxft.typing import Array, LossFn, Params
+
+BOUNDS = (100.0, 200.0, 300.0)
+"""eV/Å; where the reference force is at least so large, ``universal`` lowers its δ."""
+
+FACTORS = (1.0, 0.7, 0.4, 0.1)
+"""Of δ, below the first of ``BOUNDS``, below the second, …"""
 
 
 def weighted(
-    model: Potential, *, energy: float = 1.0, forces: float = 100.0, stress: float = 0.0
+    model: Potential,
+    *,
+    energy: float = 1.0,
+    forces: float = 100.0,
+    stress: float = 0.0,
+    virials: float = 0.0,
+    error: str = "mse",
+    delta: float = 0.01,
 ) -> LossFn:
-    r"""Weighted mean squared errors of energy per atom, force components and stress components.
+    r"""Weighted mean errors of energy per atom, forces, stress and virials per atom.
 
-    .. math:: \lambda_E \langle (\Delta E/N)^2 \rangle + \lambda_F \langle \Delta F^2 \rangle
-              + \lambda_S \langle \Delta\sigma^2 \rangle
+    .. math:: \lambda_E \langle e(\Delta E/N) \rangle + \lambda_F \langle e(\Delta F) \rangle
+              + \lambda_S \langle e(\Delta\sigma) \rangle + \lambda_V \langle e(\Delta V/N) \rangle
 
-    Each mean runs over what is labelled, Σ w x / Σ w with the sum of the weights in
+    Each mean runs over what is labelled, Σ w e / W with W the sum of the weights in
     ``batch.totals``: a missing label is neither a zero nor part of the count, and weight 2 is the
-    frame twice. A term without any label in the batch is 0.
+    frame twice, whatever the error. A term without any label in the batch is 0.
+
+    =============  ===========================================================================
+    ``error``      e, a mean over components unless it says otherwise
+    =============  ===========================================================================
+    ``mse``        x²
+    ``mae``        \|x\|
+    ``huber``      x²/2 up to δ, δ (\|x\| − δ/2) beyond
+    ``universal``  the same, and for forces δ · 1, 0.7, 0.4, 0.1 where the reference force
+                   is below 100, 200, 300 eV/Å, or not
+    ``l2``         the length of a force error, \|x\| for all else
+    =============  ===========================================================================
 
     Args:
       model: the potential.
-      energy: λ_E, (eV/atom)⁻².
-      forces: λ_F, (eV/Å)⁻².
-      stress: λ_S, (eV/Å³)⁻².
+      energy: λ_E; its unit makes the term a pure number, for ``mse`` (eV/atom)⁻².
+      forces: λ_F; (eV/Å)⁻².
+      stress: λ_S; (eV/Å³)⁻².
+      virials: λ_V; (eV/atom)⁻², of V = −volume · σ.
+      error: a name of the table.
+      delta: δ of ``huber`` and ``universal``, in the unit of each term.
 
     Returns:
-      A loss whose info holds ``energy``, ``forces``, ``stress``: the three means, unweighted by λ.
+      A loss whose info holds ``energy``, ``forces``, ``stress``, and ``virials`` if it has weight:
+      the means, not multiplied by λ.
 
-    Reference: ``WeightedEnergyForcesStressLoss`` of mace-torch, equal to it when all labels exist.
+    Raises:
+      ValueError: an unknown error, a negative λ, none that is positive, or δ not above 0.
+
+    Reference: mace-torch's ``WeightedEnergyForcesStressLoss``, ``WeightedEnergyForcesVirialsLoss``,
+    ``WeightedHuberEnergyForcesStressLoss``, ``UniversalLoss`` and ``WeightedEnergyForcesL1L2Loss``,
+    equal to each where all labels exist with weight 1. On purpose, weights and missing labels
+    differ: there masked labels count in the means, the weights of labels lie inside ``universal``'s
+    Huber function and scale the force that chooses δ, and ``huber`` and the forces of ``l2`` know
+    no weights at all.
     """
+    lambdas = _lambdas(energy=energy, forces=forces, stress=stress, virials=virials)
+    check_error(error, delta)
 
     def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        predicted = predict(model, params, batch.graph)
-        labels, weights, totals = batch.labels, batch.weights, batch.totals
-        terms = {
-            "energy": _mean(
-                ((predicted.energy - labels.energy) / batch.n_atoms) ** 2,
-                weights.energy,
-                totals.energy,
-            ),
-            "forces": _mean(
-                jnp.mean((predicted.forces - labels.forces) ** 2, axis=-1),
-                weights.forces,
-                totals.forces,
-            ),
-            "stress": _mean(
-                jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1)),
-                weights.stress,
-                totals.stress,
-            ),
-        }
-        total = energy * terms["energy"] + forces * terms["forces"] + stress * terms["stress"]
-        return total, terms
+        found = terms(predict(model, params, batch.graph), batch, error=error, delta=delta)
+        if not virials:
+            del found["virials"]
+        return sum(lambdas[name] * term for name, term in found.items()), found
 
     return loss
+
+
+def terms(
+    predicted: Prediction | Labels, batch: Batch, *, error: str = "mse", delta: float = 0.01
+) -> dict[str, Array]:
+    """The four means of :func:`weighted`, for predictions that are given."""
+    labels, weights, totals = batch.labels, batch.weights, batch.totals
+    kind = ERRORS[error]
+    energy = (predicted.energy - labels.energy) / batch.n_atoms
+    stress = predicted.stress - labels.stress
+    per_atom = batch.graph.volume / batch.n_atoms
+    forces = kind.forces(predicted.forces - labels.forces, labels.forces, delta)
+    virials = kind.number(stress * per_atom[:, None, None], delta)
+    return {
+        "energy": _mean(kind.number(energy, delta), weights.energy, totals.energy),
+        "forces": _mean(forces, weights.forces, totals.forces),
+        "stress": _mean(
+            jnp.mean(kind.number(stress, delta), axis=(-2, -1)), weights.stress, totals.stress
+        ),
+        "virials": _mean(jnp.mean(virials, axis=(-2, -1)), weights.stress, totals.stress),
+    }
+
+
+def outputs(
+    model: Potential,
+    *,
+    energy: float = 1.0,
+    forces: float = 100.0,
+    stress: float = 0.0,
+    virials: float = 0.0,
+    labelled_only: bool = False,
+) -> Callable[[Params, Batch], Array]:
+    r"""What the squared-error loss compares, as one vector: ‖outputs − labels‖² is the loss.
+
+    The gradient of ``v @ outputs(params, batch)`` for a random v of unit variance samples the
+    Gauss-Newton matrix of ``weighted(…, error="mse")``, halved; see :func:`jaxft.fisher`.
+
+    Args:
+      model: the potential.
+      energy: λ_E, and so on, as in :func:`weighted`.
+      forces: λ_F.
+      stress: λ_S.
+      virials: λ_V.
+      labelled_only: leave out what has no label, and use the batch's weights. By default every
+        frame counts once with energy, forces and, where it is periodic, stress: no labels needed.
+
+    Returns:
+      ``(params, batch) -> [G + 3N + 9G + 9G]``, each entry times the square root of its weight in
+      the loss, λ w / W over the number of components; zeros for padding. See :func:`scaled`.
+
+    Raises:
+      ValueError: a negative λ, or none that is positive.
+    """
+    lambdas = _lambdas(energy=energy, forces=forces, stress=stress, virials=virials)
+
+    def vector(params: Params, batch: Batch) -> Array:
+        weighed = batch if labelled_only else all_labelled(batch)
+        return scaled(predict(model, params, batch.graph), weighed, lambdas)
+
+    return vector
+
+
+def scaled(values: Prediction | Labels, batch: Batch, lambdas: dict[str, float]) -> Array:
+    """Predictions or labels as the vector of :func:`outputs`; λ by name of the term."""
+    weights, totals = batch.weights, batch.totals
+
+    def part(name: str, value: Array, weight: Array, total: Array) -> Array:
+        count = math.prod(value.shape[1:])
+        factor = lambdas.get(name, 0.0) * weight / (count * jnp.where(total > 0, total, 1.0))
+        return (value.reshape(len(weight), count) * jnp.sqrt(factor)[:, None]).reshape(-1)
+
+    virials = -values.stress * (batch.graph.volume / batch.n_atoms)[:, None, None]
+    return jnp.concatenate(
+        [
+            part("energy", values.energy / batch.n_atoms, weights.energy, totals.energy),
+            part("forces", values.forces, weights.forces, totals.forces),
+            part("stress", values.stress, weights.stress, totals.stress),
+            part("virials", virials, weights.stress, totals.stress),
+        ]
+    )
+
+
+def all_labelled(batch: Batch) -> Batch:
+    """The batch with weight 1 for whatever a label could say: stress where there is a volume."""
+    graph = batch.graph
+    # a volume of exactly 1 stands for none, see Graph
+    periodic = graph.is_graph & (graph.volume != 1)
+    kind = graph.volume.dtype
+    weights = Weights(*(x.astype(kind) for x in (graph.is_graph, graph.is_atom, periodic)))
+    return batch._replace(weights=weights, totals=totals_of(weights))
+
+
+class Error(NamedTuple):
+    """How far off is how bad."""
+
+    number: Callable[[Array, float], Array]
+    """(difference, δ), for each component."""
+    forces: Callable[[Array, Array, float], Array]
+    """(difference [N, 3], reference [N, 3], δ) -> [N]."""
+
+
+def _square(x: Array, delta: float | Array) -> Array:
+    return x**2
+
+
+def _absolute(x: Array, delta: float | Array) -> Array:
+    return x * jnp.sign(x)  # the gradient of abs is 1 at 0, this one's is 0
+
+
+def _huber(x: Array, delta: float | Array) -> Array:
+    size = jnp.abs(x)
+    return jnp.where(size <= delta, 0.5 * x**2, delta * (size - 0.5 * delta))
+
+
+def _components(number: Callable[[Array, Array], Array]) -> Error:
+    def forces(x: Array, reference: Array, delta: float) -> Array:
+        return jnp.mean(number(x, delta), axis=-1)
+
+    return Error(number, forces)
+
+
+def _conditional(x: Array, reference: Array, delta: float) -> Array:
+    size = jnp.linalg.norm(reference, axis=-1)
+    factors = jnp.asarray(FACTORS, x.dtype)
+    index = jnp.searchsorted(jnp.asarray(BOUNDS, x.dtype), size, side="right")
+    return jnp.mean(_huber(x, delta * factors[index][:, None]), axis=-1)
+
+
+def _length(x: Array, reference: Array, delta: float) -> Array:
+    square = jnp.sum(x**2, axis=-1)
+    # the gradient of a root at 0 is infinite, and times 0 not a number
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+ERRORS = {
+    "mse": _components(_square),
+    "mae": _components(_absolute),
+    "huber": _components(_huber),
+    "universal": Error(_huber, _conditional),
+    "l2": Error(_absolute, _length),
+}
+
+
+def check_error(error: str, delta: float) -> None:
+    """Raises ValueError unless this is an error with a δ that makes sense."""
+    if error not in ERRORS:
+        raise ValueError(
+            f"error={error!r} is unknown; expected one of {', '.join(map(repr, ERRORS))}."
+        )
+    if not (delta > 0 and math.isfinite(delta)):
+        raise ValueError(f"delta={delta} is no width; expected a number above 0, such as 0.01.")
+
+
+def _lambdas(**given: float) -> dict[str, float]:
+    for name, value in given.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"the weight {name}={value} is impossible; use a number >= 0.")
+    if not any(given.values()):
+        raise ValueError("all terms of the loss have weight 0; give one of them a weight above 0.")
+    return given
 
 
 def _mean(values: Array, weights: Array, total: Array) -> Array:
