@@ -146,6 +146,20 @@ class Potential:
         with jax.default_matmul_precision("highest"):
             return self.module.apply({"params": params}, graph, self._cast(graph.vectors.dtype))
 
+    def invariants(self, params: Params, graph: Graph) -> Array:
+        """[N, d]: the scalar features of the atoms after every layer, one layer after the other.
+
+        Reference: ``MACECalculator.get_descriptors(invariants_only=True)`` of mace-torch.
+        """
+        with jax.default_matmul_precision("highest"):
+            _, kept = self.module.apply(
+                {"params": params},
+                graph,
+                self._cast(graph.vectors.dtype),
+                mutable=["intermediates"],
+            )
+        return jnp.concatenate(kept["intermediates"]["invariants"], axis=-1)
+
     def _cast(self, dtype: str) -> Constants:
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), self.constants)
 

@@ -1,14 +1,17 @@
 """Frames, neighbour lists and batches."""
 
+from jaxft.data.accumulate import updates
 from jaxft.data.audit import Audit, audit
 from jaxft.data.batches import (
     USUAL,
     Dataset,
+    Padding,
     Shape,
     check_elements,
     epoch,
     num_batches,
     pack,
+    padding,
     prepare,
     shapes,
 )
@@ -21,6 +24,7 @@ from jaxft.data.frames import (
     coverage,
     features_of,
     from_atoms,
+    has_label,
     isolated_atom_energies,
     read,
     read_atoms,
@@ -29,7 +33,13 @@ from jaxft.data.frames import (
     unlabelled,
     without_isolated_atoms,
 )
+from jaxft.data.mixture import Mixture, alone
+from jaxft.data.prefetch import prefetch
+from jaxft.data.selection import filter_elements, select
+from jaxft.data.sources import mixture
 from jaxft.data.split import split, structure_key
+from jaxft.data.weighing import weigh
+from jaxft.graph import with_shared_totals
 
 __all__ = [
     "ISOLATED_ATOM",
@@ -39,25 +49,37 @@ __all__ = [
     "Dataset",
     "Frame",
     "Keys",
+    "Mixture",
+    "Padding",
     "Shape",
+    "alone",
     "atom_features_of",
     "audit",
     "check_elements",
     "coverage",
     "epoch",
     "features_of",
+    "filter_elements",
     "from_atoms",
+    "has_label",
     "isolated_atom_energies",
+    "mixture",
     "num_batches",
     "pack",
+    "padding",
+    "prefetch",
     "prepare",
     "read",
     "read_atoms",
     "require_any_label",
     "require_labels",
+    "select",
     "shapes",
     "split",
     "structure_key",
     "unlabelled",
+    "updates",
+    "weigh",
+    "with_shared_totals",
     "without_isolated_atoms",
 ]

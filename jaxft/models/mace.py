@@ -376,6 +376,8 @@ class MACE(nn.Module):
             product = Product(config.products[i], config.num_elements, name=f"products_{i}")
             packed = concatenate(message, config.products[i].irreps_in)
             x = product(packed, connected, graph, one_hot, constants.couplings[i])
+            # kept only where asked for, by Potential.invariants
+            self.sow("intermediates", "invariants", x["0e"][:, 0])
             # a single readout belongs to the last layer
             j = i - len(config.interactions) + len(config.readouts)
             if j >= 0:
