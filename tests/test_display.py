@@ -74,7 +74,7 @@ def test_a_narrow_terminal_wraps_watched_sets_into_lines_of_their_own():
     assert line.split()[-1] == "*"
 
 
-@pytest.mark.parametrize("width", [70, 80, 100, 120, 160, 240])
+@pytest.mark.parametrize("width", range(64, 160))
 def test_no_line_is_wider_than_the_terminal(width):
     lines = shown(START | REPLAY | HEAD, ROW | REPLAY | HEAD, width=width)
     assert max(map(len, lines)) <= width

@@ -69,6 +69,8 @@ def series(history: History) -> dict[str, dict[str, tuple[list[float], list[floa
 
 
 def _figure(panels: Mapping[str, Any], best: int | None) -> Any:
+    from matplotlib.ticker import LogLocator
+
     columns = min(len(panels), COLUMNS)
     rows = -(-len(panels) // columns)
     figure = new_figure(3.6 * columns, 2.9 * rows)
@@ -83,6 +85,9 @@ def _figure(panels: Mapping[str, Any], best: int | None) -> Any:
         if best is not None:
             axes.axvline(best, color="0.5", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_title(PANELS[metric][0], fontsize=9.5)
         axes.set_xlabel("epoch", fontsize=8.5)
         axes.tick_params(labelsize=8, which="both")

@@ -35,9 +35,10 @@ ul.warnings li { background: var(--warnband); color: var(--warn); padding: .5rem
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { color: var(--soft); font-weight: 600; font-size: .85rem; }
+thead th { color: var(--soft); font-weight: 600; font-size: .85rem; white-space: normal;
+  vertical-align: bottom; }
 th.text, td.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+td.text { white-space: normal; overflow-wrap: break-word; max-width: 36rem; }
 td.good { color: var(--good); } td.bad { color: var(--bad); }
 pre { background: var(--band); border: 1px solid var(--line); border-radius: 4px;
   padding: .75rem 1rem; overflow-x: auto; font: 12.5px/1.45 ui-monospace, Menlo, Consolas,

@@ -79,9 +79,12 @@ def _change_table(heading: str, pairs: Mapping[str, tuple[GroupErrors, GroupErro
     headings = (
         heading,
         "quantity",
-        "labelled frames",
-        *(f"{kind} {when}" for kind in ("MAE", "RMSE") for when in ("before", "after")),
-        "RMSE after / before",
+        "labels",
+        "MAE before",
+        "after",
+        "RMSE before",
+        "after",
+        "after / before",
     )
     return table(headings, rows, text=2)
 
