@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,6 @@ def save(
     """
     path = Path(path)
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(leaf) for name, leaf in tree.flatten(params).items()}
     wrong = _nonfinite({**model.buffers, **flat})
     check(model, flat, source="the model to be saved", nonfinite=wrong if allow_nonfinite else ())
@@ -76,16 +76,24 @@ def save(
     }
     if wrong:
         document["nonfinite"] = wrong
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with whole_folder(path) as scratch:
         (scratch / MODEL).write_text(json.dumps(document, indent=1) + "\n")
         save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, scratch / ARRAYS)
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that becomes ``path`` at the end, or vanishes if anything goes wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield scratch
         scratch.chmod(0o755)
         os.rename(scratch, path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return path
 
 
 def load(path: str | Path, *, dtype: str | None = None) -> tuple[Potential, Params]:

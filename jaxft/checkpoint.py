@@ -12,21 +12,22 @@ from jaxft.tree import name_diff
 
 
 class Checkpoints:
-    """The newest training state of a run; saving is atomic, so a kill leaves the previous one.
+    """The newest training states of a run; saving is atomic, so a kill leaves the previous one.
 
     Args:
       directory: made if absent.
       identity: JSON-like facts of the run (settings, hashes of model and data). A checkpoint is
         only restored by a run with the same identity.
+      keep: how many of the newest to keep.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: dict[str, Any], *, keep: int = 1) -> None:
         self.identity = identity
         # Synchronous: the state's buffers are donated to the next step.
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, create=True, enable_async_checkpointing=False
+                max_to_keep=keep, create=True, enable_async_checkpointing=False
             ),
         )
 

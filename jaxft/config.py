@@ -6,22 +6,21 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from ase.data import atomic_numbers
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from jaxft.fisher import load as load_fisher
-from jaxft.strategies import STRATEGIES, Strategy
+from jaxft.recipe import KeysConfig, Replay, Setting, StrategyConfig, Strict
+from jaxft.strategies import Strategy
 
 MAX_BYTES = 1 << 20
 """Of a config file."""
@@ -31,120 +30,101 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message names the key."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _one_or_many(value: Any) -> Any:
-    return [value] if isinstance(value, str | Path) else value
-
-
-class KeysConfig(_Strict):
-    """Names of the labels in the files."""
-
-    energy: str = "REF_energy"
-    forces: str = "REF_forces"
-    stress: str = "REF_stress"
-
-
-class TestSet(_Strict):
+class TestSet(Strict):
     """A labelled set that is judged before and after."""
 
     __test__ = False
     files: list[Path] | Path
+    head: str | None = None
+    """By default that of the run."""
     e0s: Literal["model", "base"] = "model"
     """Isolated-atom energies of its level of theory: those of the fine-tuned model, or those that
     the base model came with."""
 
 
-class _StrategyConfig(_Strict):
-    def options(self) -> dict[str, Any]:
-        """The arguments of the constructor that were given."""
-        return self.model_dump(exclude={"strategy"}, exclude_unset=True)
+class LossConfig(Strict):
+    """See :func:`jaxft.loss.weighted`; weight 0 leaves a term out and asks for no label."""
 
-
-class FreezeConfig(_StrategyConfig):
-    """See :func:`jaxft.strategies.freeze`."""
-
-    strategy: Literal["freeze"]
-    where: str | list[str] | None = None
-    except_: str | list[str] | None = Field(None, alias="except")
-    name: str = "freeze"
-
-
-class LoraConfig(_StrategyConfig):
-    """See :func:`jaxft.strategies.lora`."""
-
-    strategy: Literal["lora"]
-    where: str | list[str] | None = None
-    rank: int = 4
-    alpha: float = 1.0
-    also_train: str | list[str] | None = None
-    name: str = "lora"
-
-
-class L2spConfig(_StrategyConfig):
-    """See :func:`jaxft.strategies.l2sp`."""
-
-    strategy: Literal["l2sp"]
-    strength: float = Field(ge=0)
-    where: str | list[str] = "**"
-    name: str = "l2sp"
-
-
-class EwcConfig(_StrategyConfig):
-    """See :func:`jaxft.strategies.ewc`."""
-
-    strategy: Literal["ewc"]
-    fisher: Path
-    """From :func:`jaxft.fisher`, written by ``jaxft.fisher.save``."""
-    strength: float = Field(ge=0)
-    name: str = "ewc"
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"fisher": load_fisher(self.fisher)}
-
-
-StrategyConfig = Annotated[
-    Union[FreezeConfig, LoraConfig, L2spConfig, EwcConfig],  # noqa: UP007
-    Field(discriminator="strategy"),
-]
-
-
-class LossConfig(_Strict):
-    """Weights of the mean squared errors; 0 leaves a term out and asks for no label."""
-
+    error: Literal["mse", "mae", "huber", "universal", "l2"] = "mse"
+    delta: float = Field(0.01, gt=0)
+    """Where huber and universal turn from squares to absolute values; eV/atom, eV/Å, eV/Å³."""
     energy: float = Field(1.0, ge=0)
-    """(eV/atom)⁻²"""
     forces: float = Field(100.0, ge=0)
-    """(eV/Å)⁻²"""
     stress: float = Field(0.0, ge=0)
-    """(eV/Å³)⁻²"""
+    virials: float = Field(0.0, ge=0)
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """λ of all terms."""
+        return {name: getattr(self, name) for name in ("energy", "forces", "stress", "virials")}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """λ of the terms that have any."""
+        return {name: weight for name, weight in self.terms.items() if weight > 0}
+
+    @property
+    def labels(self) -> list[str]:
+        """What frames must be labelled with."""
+        return list(dict.fromkeys("stress" if n == "virials" else n for n in self.weights))
 
     @model_validator(mode="after")
     def _has_weight(self) -> LossConfig:
-        if not (self.energy or self.forces or self.stress):
+        if not self.weights:
             raise ValueError("no weight is positive, so there is nothing to fit")
         return self
 
 
-class OptimizerConfig(_Strict):
+class PlateauConfig(Strict):
+    """Lower the learning rate when the metric no longer falls; see :mod:`jaxft.optimizer`."""
+
+    factor: float = Field(0.8, gt=0, lt=1)
+    patience: int = Field(50, ge=0)
+    """Epochs."""
+    min_factor: float = Field(0.0, ge=0, lt=1)
+
+
+class OptimizerConfig(Strict):
     """See :mod:`jaxft.optimizer`."""
 
-    name: Literal["adam", "amsgrad", "adamw", "sgd"] = "adam"
+    name: Literal["sgd", "adam", "amsgrad", "adamw", "schedule_free", "muon"] = "adam"
     learning_rate: float = Field(1e-3, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
     warmup: int = Field(0, ge=0)
     """Updates of linear rise."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled, towards zero; adamw only."""
+    final: float = Field(0.01, gt=0, le=1)
+    """Of the learning rate at the end of a schedule, as a fraction."""
+    weight_decay: float | dict[str, float] = 0.0
+    """Decoupled; of all that trains, or by pattern: {"coords/delta/**": 10.0}."""
+    decay_towards: Literal["zero", "start"] = "zero"
     clip_norm: float | None = Field(10.0, gt=0)
+    alternation: Literal["separate", "project", "sum"] = "separate"
+    """What updates of the target and of one alternating source know of each other: nothing; or what
+    contradicts the other's gradient is removed; or the second of a pair has the sum of both."""
+    plateau: PlateauConfig | None = None
 
-    @model_validator(mode="after")
-    def _decays(self) -> OptimizerConfig:
-        if self.weight_decay and self.name != "adamw":
-            raise ValueError(f"weight_decay was given for {self.name!r}, which has none; use adamw")
-        return self
+    @field_validator("weight_decay")
+    @classmethod
+    def _is_decay(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        rates = value.values() if isinstance(value, dict) else [value]
+        if any(rate < 0 for rate in rates):
+            raise ValueError("a weight decay is negative")
+        return value
+
+
+class AddHead(Strict):
+    """A new head, called as ``head`` says, for the level of theory of the training data."""
+
+    like: str | None = None
+    """The head that it begins as; not needed with one."""
+
+
+class WandbConfig(Strict):
+    """Weights & Biases; needs jaxft[wandb]."""
+
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
 
 
 def _known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
@@ -155,13 +135,15 @@ def _known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
     return value
 
 
-class Config(_Strict):
+class Config(Strict):
     """A fine-tuning run."""
 
     model: Path
     """Bundle to start from."""
     head: str | None = None
     """Of the model, that all data belong to; not needed with one head."""
+    add_head: AddHead | None = None
+    """Make ``head`` before training; needed for replay at another level of theory."""
     output: Path
     """Folder of the run; made, must not exist."""
     train: list[Path] | Path
@@ -170,25 +152,69 @@ class Config(_Strict):
     """Labelled frames, or the fraction of ``train`` to set aside."""
     test: dict[str, TestSet] = Field(default_factory=dict)
     keys: KeysConfig = KeysConfig()
+    config_types: dict[str, float] = Field(default_factory=dict)
+    """Weights of training frames by their config_type."""
     e0s: Annotated[
-        Literal["foundation", "isolated_atoms", "estimated"] | dict[str, float],
+        Literal["foundation", "isolated_atoms", "estimated", "average"] | dict[str, float],
         AfterValidator(_known_symbols),
     ]
     """Isolated-atom energies of the training data's level of theory: the model's own
     (``foundation``), those of IsolatedAtom frames in ``train``, the model's corrected by its errors
-    on ``train`` (``estimated``), or {symbol: eV}."""
+    on ``train`` (``estimated``), a fit to total energies without the model (``average``: only to
+    reproduce others' work), or {symbol: eV}."""
     recipe: list[StrategyConfig] = Field(default_factory=list)
     """Strategies; empty is full fine-tuning."""
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: int = Field(ge=1)
     batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
+    """Batches per update."""
     ema_decay: float | None = Field(0.999, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
-    metric: Literal["loss", "energy", "forces", "stress"] = "loss"
+    metric: str = Field("loss", pattern=r"^([^/]+/)?(loss|energy|forces|stress)$")
+    """What chooses the best epoch: loss, energy, forces or stress of the validation set, or, as in
+    ``replay/forces``, of frames that a source sets aside."""
     checkpoint_every: int | None = Field(None, ge=1)
-    dtype: Literal["float32", "float64"] = "float32"
+    keep_checkpoints: int = Field(1, ge=1)
+    dtype: Literal["float32", "float64", "mixed"] = "float32"
+    """``mixed``: parameters and optimiser in float64, the model in float32."""
+    cache: Path | None = None
+    """Folder for neighbour lists."""
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
     seed: int = Field(0, ge=0, lt=1 << 32)
+
+    @property
+    def parameter_dtype(self) -> Literal["float32", "float64"]:
+        return "float32" if self.dtype == "float32" else "float64"
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "float64"]:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def sources(self) -> list[Replay]:
+        """Entries that bring further data."""
+        return [entry for entry in self.recipe if isinstance(entry, Replay)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.add_head is not None and self.head is None:
+            raise ValueError("add_head needs a name for the new head: set `head`")
+        if len({entry.name for entry in self.recipe}) < len(self.recipe):
+            raise ValueError("two strategies of the recipe have one name: set `name` of one")
+        if self.optimizer.name == "schedule_free" and self.ema_decay is not None:
+            raise ValueError("schedule_free averages by itself: set `ema_decay: null`")
+        alternates = any(entry.schedule == "alternate" for entry in self.sources)
+        if self.optimizer.alternation != "separate" and not alternates:
+            raise ValueError(
+                f"alternation: {self.optimizer.alternation} needs a replay with "
+                "`schedule: alternate`"
+            )
+        if self.accumulate > 1 and alternates:
+            raise ValueError("accumulate does not go with a replay of `schedule: alternate`")
+        return self
 
     @field_validator("output")
     @classmethod
@@ -247,9 +273,9 @@ def validate(document: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
-def strategies(config: Config) -> tuple[Strategy, ...]:
+def strategies(config: Config, setting: Setting) -> tuple[Strategy, ...]:
     """The recipe that a config names; reads the files that strategies need."""
-    return tuple(STRATEGIES[entry.strategy](**entry.options()) for entry in config.recipe)
+    return tuple(entry.build(setting) for entry in config.recipe)
 
 
 def to_yaml(config: Config) -> str:
@@ -312,12 +338,18 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
     model: Any = Config
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[part].annotation if part in model.model_fields else None
-        for option in _models_of(model):
-            if option.__name__.lower().startswith(str(part).lower()):
-                model = option
+            by_key = {f.alias or n: f.annotation for n, f in model.model_fields.items()}
+            model = by_key.get(str(part))
+        tagged = [option for option in _models_of(model) if part in _tags(option)]
+        model = tagged[0] if tagged else model
     found = _models_of(model)
     return [f.alias or name for m in found[:1] for name, f in m.model_fields.items()]
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """What the key ``strategy`` of an entry of a recipe may say."""
+    field = model.model_fields.get("strategy")
+    return get_args(field.annotation) if field is not None else ()
 
 
 def _models_of(annotation: Any) -> list[type[BaseModel]]:

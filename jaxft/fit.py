@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft import data, tree
+from jaxft import data, optimizer, tree
 from jaxft.checkpoint import Checkpoints
-from jaxft.data import Dataset
+from jaxft.data import Dataset, Mixture
 from jaxft.display import Display
 from jaxft.graph import Batch
-from jaxft.potential import Potential, predict
+from jaxft.logs import Csv, JsonLines, Logger, Logs
+from jaxft.optimizer import Plateau
+from jaxft.potential import Potential
 from jaxft.strategies.base import Recipe
-from jaxft.train import Trainable, TrainState, finetune, merge
+from jaxft.train import StepFn, Trainable, TrainState, finetune, merge
 from jaxft.typing import Array, LossFn, Params
+from jaxft.validation import METRICS, validator
 
-METRICS = ("energy", "forces", "stress")
+SYNCHRONISE = 16
+"""Updates between two looks at what the device found; every look waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,27 +40,40 @@ class FitSettings:
 
     epochs: int
     batch_size: int = 8
+    accumulate: int = 1
+    """Batches per update; ``batch_size`` is that of each."""
     seed: int = 0
     dtype: str = "float32"
+    """Of the batches; parameters keep their own."""
     ema_decay: float | None = 0.999
     """Per update; None judges and saves the raw parameters."""
     patience: int | None = None
     """Epochs without a better ``metric`` before the run stops; None never stops early."""
     metric: str = "loss"
     """What chooses the best epoch: ``loss`` (the weighted validation loss), ``energy``, ``forces``
-    or ``stress`` (validation RMSE)."""
+    or ``stress`` (validation RMSE), or one of them of a watched set, ``replay/forces``."""
+    plateau: Plateau | None = None
+    """Lowers the learning rate when ``metric`` no longer falls."""
     checkpoint_every: int | None = None
     """Updates between checkpoints inside an epoch, for long epochs; every epoch ends with one."""
+    keep_checkpoints: int = 1
     loss_weights: Mapping[str, float]
-    """λ of energy, forces, stress for the validation loss."""
+    """λ of the loss's terms, for the validation loss."""
 
     def __post_init__(self) -> None:
-        if self.metric not in ("loss", *METRICS):
-            raise ValueError(f"metric {self.metric!r} is unknown; use loss, {', '.join(METRICS)}.")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs={self.epochs}, batch_size={self.batch_size}; use >= 1.")
+        known = ("loss", *METRICS)
+        if self.metric.rpartition("/")[2] not in known:
+            raise ValueError(f"metric {self.metric!r} is unknown; use one of {', '.join(known)}.")
+        for name in ("epochs", "batch_size", "accumulate", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; use >= 1.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}; use a number in [0, 1) or none.")
+
+    @property
+    def column(self) -> str:
+        """The metric's name in a row of the history."""
+        return self.metric if "/" in self.metric else f"valid/{self.metric}"
 
 
 class FitResult(NamedTuple):
@@ -66,25 +84,44 @@ class FitResult(NamedTuple):
     best_epoch: int
     history: list[dict[str, float]]
     """One row per epoch; row 0 is the model as it came."""
+    trainable: Trainable
+    """What ``params`` were merged of."""
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the state before it was saved."""
 
 
+@dataclass(frozen=True)
+class Feed:
+    """What a run is fed with, and judged by."""
+
+    train: Mixture
+    valid: Dataset
+    watch: Mapping[str, Dataset] = field(default_factory=dict)
+    """Further sets that are judged after every epoch: what must not be forgotten."""
+
+    def __post_init__(self) -> None:
+        if "valid" in self.watch or "train" in self.watch:
+            raise ValueError("a watched set cannot be called 'valid' or 'train'; rename it.")
+
+
 def fit(
     model: Potential,
     params: Params,
     *,
-    train: Dataset,
+    train: Dataset | Mixture,
     valid: Dataset,
+    watch: Mapping[str, Dataset] | None = None,
     loss_fn: LossFn,
     recipe: Recipe,
     tx: optax.GradientTransformation,
     settings: FitSettings,
     directory: Path,
+    schedule: optax.Schedule | None = None,
     identity: Mapping[str, Any] | None = None,
     display: Display | None = None,
+    logger: Logger | None = None,
 ) -> FitResult:
     """Fine-tune, resuming from ``directory`` if it holds a checkpoint of the same run.
 
@@ -94,224 +131,288 @@ def fit(
 
     Args:
       model, params: where to start.
-      train, valid: prepared for this model.
+      train: frames of one set, or a mixture with the recipe's sources.
+      valid: judged after every epoch.
+      watch: further sets to judge, by name.
       loss_fn, recipe, tx: as in :func:`jaxft.finetune`.
-      settings: the schedule.
-      directory: of ``checkpoints/`` and ``metrics.jsonl`` (one line per epoch).
+      settings: how long, and what counts as better.
+      directory: of ``checkpoints/``, ``metrics.jsonl`` and ``metrics.csv`` (a line per epoch).
+      schedule: of the learning rate, to be logged.
       identity: further facts that a checkpoint must agree with.
       display: progress.
+      logger: told of every epoch beside the files.
 
     Raises:
       NonFiniteError: with the epoch, the step and the frames of the batch.
-      ValueError: the checkpoint belongs to another run.
+      ValueError: the checkpoint belongs to another run, or the metric is of a set that is not
+        judged.
     """
     display = display or Display()
-    init, step = finetune(loss_fn, recipe, tx)
+    mixture = train if isinstance(train, Mixture) else data.alone(train, settings.batch_size)
+    feed = Feed(mixture, valid, watch or {})
+    _check_metric(settings, feed)
+    init, step = finetune(loss_fn, recipe, tx, accumulate=settings.accumulate)
     state = init(jax.random.key(settings.seed), params)
-    run = _Run(state, tree.copy(state.trainable), tree.copy(state.trainable), _Progress())
+    start = _Moving(state, tree.copy(state.trainable), jnp.ones((), bool))
+    run = _Run(start, tree.copy(state.trainable), _Progress())
     checkpoints = Checkpoints(
         directory / "checkpoints",
         {
             **asdict(settings),
             "recipe": [strategy.name for strategy in recipe],
             "parameters": fingerprint(params),
-            "train": _fingerprint_of_frames(train),
-            "valid": _fingerprint_of_frames(valid),
+            "train": fingerprint_of_frames(mixture.dataset),
+            "mixture": mixture.describe(),
+            "valid": fingerprint_of_frames(valid),
+            **{f"watch {k}": fingerprint_of_frames(v) for k, v in feed.watch.items()},
             **(identity or {}),
         },
+        keep=settings.keep_checkpoints,
     )
     if checkpoints.latest is not None:
         run = _resumed(run, checkpoints)
         display.say(f"resuming after epoch {run.progress.epoch}")
-    validate = _validator(model, valid, settings)
-    judged = _judge(recipe, settings)
-    log = directory / "metrics.jsonl"
+    files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
+    logs = Logs([*files, *([logger] if logger else [])])
+    logs.start(list(run.progress.history))
+    sets = {"valid": feed.valid, **feed.watch}
+    validate = validator(
+        model,
+        loss_fn,
+        sets,
+        weights=settings.loss_weights,
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+    )
+    loop = _Loop(recipe, settings, feed, _advance(step, settings), validate, checkpoints)
     try:
-        if run.progress.epoch < 0:
-            started = time.perf_counter()
-            row = validate(merge(recipe, run.state))
-            run = _recorded(run, row, settings, started, log, display)
-            run.save(checkpoints)
         while run.progress.epoch < settings.epochs and not run.progress.is_done(settings.patience):
             started = time.perf_counter()
-            run = _epoch(run, step, train, settings, display, checkpoints)
-            row = {"train/loss": float(np.mean(run.progress.losses)), **validate(judged(run))}
-            run = _recorded(run, row, settings, started, log, display)
+            if run.progress.epoch < 0:
+                row = validate(merge(recipe, run.moving.state))
+            else:
+                run = _epoch(run, loop, display)
+                losses = np.asarray(run.progress.losses)
+                row = {"train/loss": float(losses.mean()), **validate(loop.judged(run))}
+            row |= {"updates": int(run.moving.state.step), "seconds": time.perf_counter() - started}
+            if schedule is not None:
+                factor = optimizer.get_factor(run.moving.state.opt_state)
+                row["learning_rate"] = float(schedule(int(run.moving.state.step))) * factor
+            run, row = _recorded(run, row, settings)
+            logs.log(row)
+            display.epoch(row)
             run.save(checkpoints)
     finally:
         checkpoints.close()
-    best = merge(recipe, run.state._replace(trainable=run.best))
-    return FitResult(best, run.progress.best_epoch, list(run.progress.history))
+        logs.close()
+    best = merge(recipe, run.moving.state._replace(trainable=run.best))
+    return FitResult(best, run.progress.best_epoch, list(run.progress.history), run.best)
+
+
+def _check_metric(settings: FitSettings, feed: Feed) -> None:
+    name = settings.metric.rpartition("/")[0]
+    if name and name not in feed.watch:
+        known = ", ".join(map(repr, feed.watch)) or "none"
+        raise ValueError(
+            f"metric {settings.metric!r} is of a set that is not watched (watched: {known});\n"
+            "use loss, energy, forces or stress of the validation set, or name a watched set."
+        )
 
 
 class _Progress(NamedTuple):
-    """Where a run stands: after ``epoch``, and ``batch`` batches into the next. Plain numbers."""
+    """Where a run stands: after ``epoch``, and ``batch`` updates into the next. Plain numbers."""
 
     epoch: int = -1
     batch: int = 0
     losses: tuple[float, ...] = ()
-    """Of the batches of the unfinished epoch."""
+    """Of the updates of the unfinished epoch."""
     best_epoch: int = 0
     best: float = math.inf
     history: tuple[dict[str, float], ...] = ()
+    plateau: dict[str, Any] | None = None
 
     def is_done(self, patience: int | None) -> bool:
         return patience is not None and self.epoch - self.best_epoch >= patience
 
 
-class _Run(NamedTuple):
+class _Moving(NamedTuple):
+    """What an update changes, on the device."""
+
     state: TrainState
     ema: Trainable
+    is_sound: Array
+    """[] bool; False since an update that was not finite: nothing moves any more."""
+
+
+class _Run(NamedTuple):
+    moving: _Moving
     best: Trainable
     progress: _Progress
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds; frozen leaves come from the model again."""
-        state = self.state
+        state = self.moving.state
         moving = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
-        return {"state": moving, "ema": self.ema, "best": self.best}
+        return {"state": moving, "ema": self.moving.ema, "best": self.best}
 
     def save(self, checkpoints: Checkpoints) -> None:
-        if checkpoints.latest != int(self.state.step):
-            checkpoints.save(int(self.state.step), self.arrays(), self.progress._asdict())
+        step = int(self.moving.state.step)
+        if checkpoints.latest != step:
+            checkpoints.save(step, self.arrays(), self.progress._asdict())
 
 
 def _resumed(run: _Run, checkpoints: Checkpoints) -> _Run:
     arrays, record = checkpoints.restore(run.arrays())
-    state = run.state._replace(**arrays["state"])
+    state = run.moving.state._replace(**arrays["state"])
     sequences = {name: tuple(record[name]) for name in ("losses", "history")}
     progress = _Progress(**record | sequences)
-    return _Run(state, arrays["ema"], arrays["best"], progress)
+    return _Run(_Moving(state, arrays["ema"], run.moving.is_sound), arrays["best"], progress)
 
 
-def _epoch(
-    run: _Run,
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]],
-    train: Dataset,
-    settings: FitSettings,
-    display: Display,
-    checkpoints: Checkpoints,
-) -> _Run:
-    """The rest of one pass over the training frames; its losses stay in the progress."""
-    number = run.progress.epoch + 1
-    batches = data.epoch(
-        train,
-        settings.batch_size,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        number=number,
-        start=run.progress.batch,
-    )
-    total = data.num_batches(train, settings.batch_size) - run.progress.batch
-    for batch in display.track(batches, total=total, label=f"epoch {number}"):
-        state, info = step(run.state, batch)
-        run = run._replace(state=state)
-        if not info["is_finite"]:
-            run.save(checkpoints)
-            raise NonFiniteError(_not_finite(run, train, batch, info))
+AdvanceFn = Callable[[_Moving, Batch], tuple[_Moving, dict[str, Array]]]
+
+
+def _advance(step: StepFn, settings: FitSettings) -> AdvanceFn:
+    """One update with its average; after one that is not finite, none changes anything.
+
+    So nobody has to wait for the device after every update to know that it went well.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(moving: _Moving, batch: Batch) -> tuple[_Moving, dict[str, Array]]:
+        before = moving.state
+        after, info = step(before, batch)
+        is_sound = moving.is_sound & info["is_finite"]
+        counter, trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_sound, new, old),
+            (after.step, after.trainable, after.opt_state),
+            (before.step, before.trainable, before.opt_state),
+        )
+        state = TrainState(counter, trainable, before.frozen, opt_state)
+        ema = trainable
         if settings.ema_decay is not None:
-            run = run._replace(
-                ema=_averaged(run.ema, state.trainable, state.step, settings.ema_decay)
+            # torch_ema's warm-up, so that a short run is not judged by its first parameters.
+            decay = jnp.minimum(settings.ema_decay, (1 + counter) / (10 + counter))
+            decay = jnp.where(is_sound, decay, 1.0)
+            ema = jax.tree.map(
+                lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), moving.ema, trainable
             )
-        losses = (*run.progress.losses, float(info["loss"]))
-        run = run._replace(progress=run.progress._replace(batch=len(losses), losses=losses))
-        if settings.checkpoint_every and int(state.step) % settings.checkpoint_every == 0:
-            run.save(checkpoints)
+        seen = {name: info[name] for name in ("loss", "gradient_norm")}
+        return _Moving(state, ema, is_sound), {**seen, "is_sound": is_sound}
+
+    return advance
+
+
+class _Loop(NamedTuple):
+    """What stays the same from epoch to epoch."""
+
+    recipe: Recipe
+    settings: FitSettings
+    feed: Feed
+    advance: AdvanceFn
+    validate: Callable[[Params], dict[str, float]]
+    checkpoints: Checkpoints
+
+    def judged(self, run: _Run) -> Params:
+        """The parameters to judge and to keep: averages, where there are any."""
+        state = run.moving.state
+        return merge(self.recipe, state._replace(trainable=_averages(run, self.settings)))
+
+    def updates(self, run: _Run) -> Iterator[Batch]:
+        """The rest of the batches of an epoch; stacked, where an update takes several."""
+        settings, train = self.settings, self.feed.train
+        number, start = run.progress.epoch + 1, run.progress.batch
+        if settings.accumulate == 1:
+            batches = train.epoch(number, seed=settings.seed, dtype=settings.dtype, start=start)
+        else:
+            batches = data.updates(
+                train,
+                settings.accumulate,
+                number,
+                seed=settings.seed,
+                dtype=settings.dtype,
+                start=start,
+            )
+        return data.prefetch(batches)
+
+    def num_updates(self) -> int:
+        return -(-self.feed.train.num_batches // self.settings.accumulate)
+
+
+def _averages(run: _Run, settings: FitSettings) -> Trainable:
+    if settings.ema_decay is not None:
+        return run.moving.ema
+    return optimizer.evaluated(run.moving.state.opt_state, run.moving.state.trainable)
+
+
+def _epoch(run: _Run, loop: _Loop, display: Display) -> _Run:
+    """The rest of one pass over the training frames; its losses stay in the progress."""
+    settings, number = loop.settings, run.progress.epoch + 1
+    total = loop.num_updates() - run.progress.batch
+    pending: list[tuple[np.ndarray, dict[str, Array]]] = []
+    for batch in display.track(loop.updates(run), total=total, label=f"epoch {number}"):
+        moving, info = loop.advance(run.moving, batch)
+        run = run._replace(moving=moving)
+        pending.append((batch.frame, info))
+        done = run.progress.batch + len(pending)
+        is_due = settings.checkpoint_every is not None and done % settings.checkpoint_every == 0
+        if is_due or len(pending) == SYNCHRONISE:
+            run, pending = _looked_at(run, loop, pending), []
+        if is_due:
+            run.save(loop.checkpoints)
+    return _looked_at(run, loop, pending)
+
+
+def _looked_at(run: _Run, loop: _Loop, pending: list[tuple[np.ndarray, dict[str, Array]]]) -> _Run:
+    """The run with the losses of the last updates, which were all finite."""
+    infos = jax.device_get([info for _, info in pending])
+    sound = list(itertools.takewhile(lambda info: info["is_sound"], infos))
+    losses = (*run.progress.losses, *(float(info["loss"]) for info in sound))
+    run = run._replace(progress=run.progress._replace(batch=len(losses), losses=losses))
+    if len(sound) < len(infos):
+        run.save(loop.checkpoints)
+        frames, info = pending[len(sound)][0], infos[len(sound)]
+        raise NonFiniteError(_not_finite(run, loop.feed.train, frames, info))
     return run
 
 
-def _not_finite(run: _Run, train: Dataset, batch: Batch, info: Mapping[str, Array]) -> str:
-    names = "\n  ".join(train.frames[i].source for i in batch.frame if i >= 0)
+def _not_finite(run: _Run, train: Mixture, frames: np.ndarray, info: Mapping[str, Any]) -> str:
+    names = "\n  ".join(train.dataset.frames[i].source for i in np.ravel(frames) if i >= 0)
     return (
         f"loss {float(info['loss'])} and gradient norm {float(info['gradient_norm'])} are not "
-        f"finite in epoch {run.progress.epoch + 1}, batch {run.progress.batch}, after update "
-        f"{int(run.state.step)}, for the frames\n  {names}\n"
+        f"finite in epoch {run.progress.epoch + 1}, update {run.progress.batch}, after "
+        f"{int(run.moving.state.step)} updates in all, for the frames\n  {names}\n"
         "The state before it is saved. Check these frames, or lower the learning rate."
     )
 
 
-@jax.jit
-def _averaged(ema: Trainable, new: Trainable, step: Array, decay: Array) -> Trainable:
-    # torch_ema's warm-up, so that a short run is not judged by its first parameters.
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), ema, new)
-
-
-def _judge(recipe: Recipe, settings: FitSettings) -> Callable[[_Run], Params]:
-    def params_of(run: _Run) -> Params:
-        if settings.ema_decay is None:
-            return merge(recipe, run.state)
-        return merge(recipe, run.state._replace(trainable=run.ema))
-
-    return params_of
-
-
 def _recorded(
-    run: _Run,
-    row: dict[str, float],
-    settings: FitSettings,
-    started: float,
-    log: Path,
-    display: Display,
-) -> _Run:
+    run: _Run, row: dict[str, float], settings: FitSettings
+) -> tuple[_Run, dict[str, float]]:
     """The run with one more epoch in its history, and the best parameters renewed."""
-    progress = run.progress
+    progress, moving = run.progress, run.moving
     number = progress.epoch + 1
-    value = row[f"valid/{settings.metric}"]
+    value = row[settings.column]
     is_best = value < progress.best
-    seconds = time.perf_counter() - started
-    row = {"epoch": number, "is_best": is_best, **row, "seconds": seconds}
-    judged = run.state.trainable if settings.ema_decay is None else run.ema
+    row = {"epoch": number, "is_best": is_best, **row}
+    plateau = settings.plateau
+    if plateau is not None and number > 0:
+        plateau = (Plateau(**progress.plateau) if progress.plateau else plateau).update(value)
+        opt_state = optimizer.set_factor(moving.state.opt_state, plateau.scale)
+        moving = moving._replace(state=moving.state._replace(opt_state=opt_state))
     progress = _Progress(
         epoch=number,
         best_epoch=number if is_best else progress.best_epoch,
         best=value if is_best else progress.best,
         history=(*progress.history, row),
+        plateau=asdict(plateau) if plateau is not None and number > 0 else progress.plateau,
     )
-    # Written whole: a run that was killed between log and checkpoint repeats its last epoch.
-    scratch = log.with_suffix(".part")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in progress.history))
-    scratch.replace(log)
-    display.epoch(row)
-    best = tree.copy(judged) if is_best else run.best
-    return run._replace(progress=progress, best=best)
+    best = tree.copy(_averages(run, settings)) if is_best else run.best
+    return _Run(moving, best, progress), row
 
 
-def _validator(
-    model: Potential, valid: Dataset, settings: FitSettings
-) -> Callable[[Params], dict[str, float]]:
-    """``params -> {valid/…: RMSE}`` and the weighted loss, summed over frames and divided once."""
-
-    @jax.jit
-    def squared(params: Params, batch: Batch) -> dict[str, tuple[Array, Array]]:
-        predicted = predict(model, params, batch.graph)
-        labels, weights = batch.labels, batch.weights
-        energy = ((predicted.energy - labels.energy) / batch.n_atoms) ** 2
-        forces = jnp.mean((predicted.forces - labels.forces) ** 2, axis=-1)
-        stress = jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1))
-        values = {"energy": energy, "forces": forces, "stress": stress}
-        return {
-            name: (jnp.sum(getattr(weights, name) * value), getattr(weights, name).sum())
-            for name, value in values.items()
-        }
-
-    def validate(params: Params) -> dict[str, float]:
-        sums = dict.fromkeys(METRICS, 0.0)
-        counts = dict.fromkeys(METRICS, 0.0)
-        for batch in data.epoch(valid, settings.batch_size, dtype=settings.dtype):
-            for name, (total, count) in squared(params, batch).items():
-                sums[name] += float(total)
-                counts[name] += float(count)
-        means = {name: sums[name] / counts[name] for name in METRICS if counts[name]}
-        weighted = sum(settings.loss_weights[name] * mean for name, mean in means.items())
-        row = {f"valid/{name}": math.sqrt(mean) for name, mean in means.items()}
-        return row | {"valid/loss": weighted}
-
-    return validate
-
-
-def _fingerprint_of_frames(dataset: Dataset) -> str:
-    """Number and hash of the frames: edges, elements, labels, heads and features."""
+def fingerprint_of_frames(dataset: Dataset) -> str:
+    """Number and hash of the frames: edges, elements, labels, weights, heads and features."""
     digest = hashlib.sha256(dataset.elements.tobytes())
     for sample in dataset.samples:
         for value in jax.tree.leaves(tuple(sample), is_leaf=lambda x: x is None):

@@ -1,50 +1,46 @@
-"""A fine-tuning run from a config: files in, a folder with a bundle, metrics and plots out."""
+"""A fine-tuning run from a config: files in, a folder with a bundle, metrics and a report out."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal
 
 import jax
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import chemical_symbols
 from rich.console import Console
 from rich.table import Table
 
-from jaxft import bundle, data, loss, optimizer, surgery
+from jaxft import adapter, bundle, data, fisherfile, inputs, loss, optimizer
 from jaxft import config as configs
+from jaxft.calibration import calibration
+from jaxft.citation import citation, works
 from jaxft.config import Config
-from jaxft.data import Dataset, Frame, Keys
 from jaxft.describe import describe
 from jaxft.display import Display
-from jaxft.e0s import estimate, explain
 from jaxft.evaluate.errors import errors
 from jaxft.evaluate.plots import parity_plot
 from jaxft.evaluate.predictions import FrameResult, predict_frames
-from jaxft.fit import FitResult, FitSettings, fit
+from jaxft.fisher import fisher, sampled
+from jaxft.fit import FitResult, FitSettings, fingerprint_of_frames, fit
+from jaxft.inputs import Inputs
+from jaxft.logs import Logger, Logs, TensorBoard, Wandb
+from jaxft.optimizer import Plateau
 from jaxft.potential import Potential
-from jaxft.strategies import Recipe
+from jaxft.preflight import MISMATCH
+from jaxft.report import Judged, Report, environment
+from jaxft.report import write as write_report
+from jaxft.strategies import Fisher, Recipe
+from jaxft.train import in_precision
 from jaxft.tree import name_diff
-from jaxft.typing import Params
+from jaxft.typing import LossFn, Params
 from jaxft.version import __version__
 
-INITIAL_ERROR_WARNING = 0.5
-"""eV/atom; beyond it the E0s are almost certainly of another level of theory."""
-
-CONFIG, MODEL, METRICS = "config.yaml", "model.jaxft", "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A test set before and after."""
-
-    name: str
-    frames: Sequence[Frame]
-    before: Sequence[FrameResult]
-    after: Sequence[FrameResult]
+CONFIG, MODEL, ADAPTER = "config.yaml", "model.jaxft", "adapter"
+REPORT, CITATIONS = "report.html", "citations.bib"
 
 
 @dataclass(frozen=True)
@@ -58,20 +54,9 @@ class RunResult:
     """Of the bundle."""
 
 
-class _Inputs(NamedTuple):
-    """Everything that a config names, read and checked."""
-
-    base: Potential
-    model: Potential
-    """With the E0s of the training data."""
-    params: Params
-    recipe: Recipe
-    train: Dataset
-    valid: Dataset
-    tests: dict[str, list[Frame]]
-
-
-def finetune(config: Config, *, console: Console | None = None, resume: bool = False) -> RunResult:
+def finetune(
+    config: Config, *, console: Console | None = None, restart: str = "never"
+) -> RunResult:
     """Run a config.
 
     Everything that can be refused is refused before the training step is compiled, and before the
@@ -80,7 +65,8 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
     Args:
       config: checked settings.
       console: for progress and tables.
-      resume: continue the run in ``config.output`` instead of refusing a folder that exists.
+      restart: ``never`` refuses an output that exists; ``auto`` continues the run in it, if there
+        is one; ``always`` refuses to begin anew.
 
     Raises:
       ValueError, FileExistsError: input that cannot be used.
@@ -88,112 +74,300 @@ def finetune(config: Config, *, console: Console | None = None, resume: bool = F
     """
     console = console or Console(quiet=True)
     output = Path(config.output)
-    _check_output(output, config, resume)
-    inputs = _read(config, console)
-    before = _predict_tests(config, inputs, inputs.params)
+    _check_output(output, config, restart)
+    given = inputs.read(config, console)
+    before = _predict_tests(config, given, given.params)
+    logger = _logger(config)
     output.mkdir(parents=True, exist_ok=True)
     (output / CONFIG).write_text(configs.to_yaml(config))
-    fitted = _fit(config, inputs, Display(console, initial_error=INITIAL_ERROR_WARNING))
+    fitted = _fit(config, given, Display(console, initial_error=MISMATCH), logger)
     path = output / MODEL
     if path.exists():
         console.print(f"{path} exists and is kept; the run was complete.")
     else:
-        bundle.save(path, inputs.model, fitted.params, provenance=_provenance(config, fitted))
+        _save_adapter(config, given, fitted, output / ADAPTER, console)
+        bundle.save(path, given.model, fitted.params, provenance=_provenance(config, fitted))
         console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
-    after = _predict_tests(config, inputs, fitted.params)
+    after = _predict_tests(config, given, fitted.params)
     judged = [
-        Judged(name, frames, before[name], after[name]) for name, frames in inputs.tests.items()
+        Judged(name, frames, before[name], after[name], config.test[name].e0s == "base")
+        for name, frames in given.tests.items()
     ]
     if judged:
         console.print(comparison(judged))
-        _plot(judged, output, console)
-    return RunResult(inputs.model, fitted, judged, path)
+    _report(config, given, fitted, judged, output, console)
+    return RunResult(given.model, fitted, judged, path)
 
 
-def _read(config: Config, console: Console) -> _Inputs:
-    base, params = bundle.load(config.model, dtype=config.dtype)
-    base.head_index(config.head)
-    recipe = configs.strategies(config)
-    console.print(describe(recipe, params).splitlines()[-1], highlight=False)
-    keys = Keys(**config.keys.model_dump())
-    train, valid = _training_frames(config, keys)
-    tests = {
-        name: data.without_isolated_atoms(data.read(_paths(entry.files), keys=keys))
-        for name, entry in config.test.items()
-    }
-    wanted: list[str] = [n for n, weight in config.loss.model_dump().items() if weight > 0]
-    judged_by: list[str] = [] if config.metric == "loss" else [config.metric]
-    fitted = [data.without_isolated_atoms(frames) for frames in (train, valid)]
-    data.require_labels(fitted[0], wanted, keys=keys)
-    data.require_labels(fitted[1], wanted + judged_by, keys=keys)
-    for frames in (*fitted, *tests.values()):
-        data.check_elements(frames, base.atomic_numbers)
-    for frames in tests.values():
-        data.require_any_label(frames, keys=keys)
-    console.print(_coverage({"train": fitted[0], "valid": fitted[1], **tests}))
-    model = _with_e0s(base, params, config, train, valid, console)
-    training, validation = (data.prepare(frames, model, head=config.head) for frames in fitted)
-    return _Inputs(base, model, params, recipe, training, validation, tests)
+def objective(config: Config, model: Potential) -> LossFn:
+    """The loss that a config asks for, in its precision."""
+    chosen = loss.weighted(
+        model,
+        **config.loss.terms,
+        error=config.loss.error,
+        delta=config.loss.delta,
+    )
+    if config.compute_dtype == config.parameter_dtype:
+        return chosen
+    return in_precision(chosen, config.compute_dtype)
 
 
-def _fit(config: Config, inputs: _Inputs, display: Display) -> FitResult:
-    weights = config.loss.model_dump()
+def citations(config: Config, recipe: Recipe) -> str:
+    """BibTeX of exactly the methods that a run uses."""
     chosen = config.optimizer
-    steps = config.epochs * data.num_batches(inputs.train, config.batch_size)
-    rate = optimizer.schedule(
-        chosen.schedule, chosen.learning_rate, steps=steps, warmup=chosen.warmup
+    return citation(recipe, also=optimizer.cites(chosen.name, alternation=chosen.alternation))
+
+
+def estimate_fisher(
+    config: Config,
+    files: Sequence[Path],
+    output: Path,
+    *,
+    n: int | None,
+    probes: int | None,
+    threshold: float | None,
+    normalise: str | None,
+    head: str | None,
+    strength: float | None,
+    seed: int,
+    console: Console,
+) -> Fisher:
+    """Estimate the Fisher of a config's loss at its model on other data, and write it.
+
+    Args:
+      config: gives the model (with the head that it adds), the loss, the keys and the precision.
+      files: of frames with pretraining labels.
+      output: of the new file.
+      n: frames to take, in an order drawn from ``seed``; None is all.
+      probes: per frame, of a sampled Fisher; None is the empirical one.
+      threshold, normalise: as in :func:`jaxft.fisher`.
+      head: that the frames belong to.
+      strength: λ that the printed report is for.
+      seed: of the order and the probes.
+      console: for the report.
+
+    Raises:
+      ValueError, FileExistsError: input that cannot be used.
+    """
+    bundle.refuse_existing(output)
+    begin = inputs.start(config)
+    head = head or begin.like or config.head
+    frames = data.without_isolated_atoms(data.read(files, keys=inputs.keys(config)))
+    prepared = data.prepare(frames, begin.base, head=head, cache=config.cache)
+    batches = data.epoch(prepared, 1, dtype=config.compute_dtype, seed=seed)
+    facts = {
+        "loss": config.loss.model_dump(),
+        "files": [str(path) for path in files],
+        "head": head,
+        "dtype": config.dtype,
+    }
+    with Display(console).counter(label="fisher") as advance:
+        shared: dict[str, Any] = {
+            "n": n,
+            "normalise": normalise,
+            "provenance": facts,
+            "progress": advance,
+        }
+        if probes is None:
+            data.require_labels(frames, config.loss.labels, keys=inputs.keys(config))
+            found = fisher(
+                objective(config, begin.base), begin.params, batches, threshold=threshold, **shared
+            )
+        else:
+            found = sampled(
+                _outputs(config, begin.base),
+                begin.params,
+                batches,
+                probes=probes,
+                seed=seed,
+                **shared,
+            )
+    fisherfile.save(output, found)
+    console.print(calibration(found, strength).render())
+    console.print(f"wrote {output} ({found.provenance['frames']} frames)")
+    return found
+
+
+def _outputs(config: Config, model: Potential) -> Callable[[Params, Any], Any]:
+    if config.loss.error != "mse":
+        raise ValueError(
+            f"a sampled Fisher is that of squared errors, but the loss is {config.loss.error!r};\n"
+            "override it for this command: loss.error=mse."
+        )
+    outputs = loss.outputs(model, labelled_only=False, **config.loss.terms)
+    dtype = config.compute_dtype
+    return lambda params, batch: outputs(
+        jax.tree.map(lambda leaf: leaf.astype(dtype), params), batch
+    )
+
+
+def _fit(config: Config, given: Inputs, display: Display, logger: Logger) -> FitResult:
+    chosen = config.optimizer
+    steps = config.epochs * -(-given.train.num_batches // config.accumulate)
+    schedule = optimizer.schedule(
+        chosen.schedule,
+        chosen.learning_rate,
+        steps=steps,
+        warmup=chosen.warmup,
+        final=chosen.final,
     )
     tx = optimizer.optimizer(
-        chosen.name, rate, weight_decay=chosen.weight_decay, clip_norm=chosen.clip_norm
+        chosen.name,
+        schedule,
+        weight_decay=chosen.weight_decay,
+        decay_towards=chosen.decay_towards,
+        clip_norm=chosen.clip_norm,
+        alternation=chosen.alternation,
     )
+    plateau = chosen.plateau
     settings = FitSettings(
         epochs=config.epochs,
         batch_size=config.batch_size,
+        accumulate=config.accumulate,
         seed=config.seed,
-        dtype=config.dtype,
+        dtype=config.compute_dtype,
         ema_decay=config.ema_decay,
         patience=config.patience,
         metric=config.metric,
+        plateau=None if plateau is None else Plateau(**plateau.model_dump()),
         checkpoint_every=config.checkpoint_every,
-        loss_weights=weights,
+        keep_checkpoints=config.keep_checkpoints,
+        loss_weights=config.loss.weights,
     )
     return fit(
-        inputs.model,
-        inputs.params,
-        train=inputs.train,
-        valid=inputs.valid,
-        loss_fn=loss.weighted(inputs.model, **weights),
-        recipe=inputs.recipe,
+        given.model,
+        given.params,
+        train=given.train,
+        valid=given.valid,
+        watch=given.watch,
+        loss_fn=objective(config, given.model),
+        recipe=given.recipe,
         tx=tx,
         settings=settings,
         directory=Path(config.output),
-        identity={"config": hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16]},
+        schedule=schedule,
+        identity=_identity(config),
         display=display,
+        logger=logger,
     )
 
 
-def _predict_tests(config: Config, inputs: _Inputs, params: Params) -> dict[str, list[FrameResult]]:
-    """Results on each test set, with the E0s of its level of theory."""
-    return {
-        name: predict_frames(
-            inputs.base if config.test[name].e0s == "base" else inputs.model,
-            params,
-            frames,
-            head=config.head,
+def _identity(config: Config) -> dict[str, str]:
+    """What a checkpoint must agree with beside what the loop knows: settings, and files of
+    strategies."""
+    found = {"config": hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16]}
+    for entry in config.recipe:
+        for path in entry.inputs:
+            found[str(path)] = _hash(path)
+    return found
+
+
+def _hash(path: Path) -> str:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _logger(config: Config) -> Logger:
+    loggers: list[Logger] = []
+    if config.tensorboard:
+        loggers.append(TensorBoard(Path(config.output) / "tensorboard"))
+    if config.wandb is not None:
+        loggers.append(
+            Wandb(
+                config.wandb.project,
+                config.wandb.name or Path(config.output).name,
+                Path(config.output) / "wandb",
+                config.model_dump(mode="json", by_alias=True),
+                config.wandb.mode,
+            )
         )
-        for name, frames in inputs.tests.items()
-    }
+    return Logs(loggers)
 
 
-def _plot(judged: Sequence[Judged], output: Path, console: Console) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("no parity plots: matplotlib is absent; pip install 'jaxft[plots]'")
+def _save_adapter(
+    config: Config, given: Inputs, fitted: FitResult, path: Path, console: Console
+) -> None:
+    """What was trained, alone, where the recipe owns coordinates."""
+    coords = {name: owned for name, owned in fitted.trainable.coords.items() if owned}
+    if not coords or path.exists():
         return
-    for item in judged:
+    adapter.save(
+        path,
+        adapter.Adapter(
+            base=given.start.digest,
+            recipe=[entry for entry in config.recipe if entry.name in coords],
+            trainable=fitted.trainable._replace(coords=coords),
+            heads=given.model.heads,
+            e0s=given.model.e0s,
+            like=given.start.like,
+        ),
+    )
+    console.print(f"wrote {path} (`jaxft merge {config.model} {path} OUT.jaxft`)")
+
+
+def _report(
+    config: Config,
+    given: Inputs,
+    fitted: FitResult,
+    judged: Sequence[Judged],
+    output: Path,
+    console: Console,
+) -> None:
+    """One page about the run, parity plots and the works to cite."""
+    for item in judged if find_spec("matplotlib") else ():
         picture = output / f"parity-{configs.slug(item.name)}.png"
         picture.unlink(missing_ok=True)  # of the same run, before it was resumed
         parity_plot(item.frames, {"before": item.before, "after": item.after}, picture)
         console.print(f"wrote {picture}")
+    base, model = given.start.base, given.model
+    row = model.head_index(config.head)
+    present = {int(z) for frame in given.train.dataset.frames for z in frame.atomic_numbers}
+    symbols = {chemical_symbols[z]: i for i, z in enumerate(model.atomic_numbers) if z in present}
+    chosen = config.optimizer
+    also = optimizer.cites(chosen.name, alternation=chosen.alternation)
+    report = Report(
+        title=f"jaxft {output.name}",
+        run=hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16],
+        summary={
+            "recipe": " + ".join(strategy.name for strategy in given.recipe) or "all parameters",
+            "kept epoch": f"{fitted.best_epoch} of {len(fitted.history) - 1}",
+            "training data": "; ".join(given.train.describe()),
+        },
+        warnings=() if given.preflight is None else given.preflight.warnings,
+        tests=judged,
+        history=fitted.history,
+        best_epoch=fitted.best_epoch,
+        trained=describe(given.recipe, given.params),
+        e0s={} if given.preflight is None else given.preflight.to_dict(),
+        e0s_used={
+            symbol: {"model": float(base.e0s[row, i]), "now": float(model.e0s[row, i])}
+            for symbol, i in symbols.items()
+        },
+        works=works(given.recipe, also=also),
+        settings=configs.to_yaml(config),
+        environment={
+            **environment(),
+            "dtype": config.dtype,
+            "base": f"{config.model} ({given.start.digest})",
+            "training frames": fingerprint_of_frames(given.train.dataset),
+        },
+    )
+    page = write_report(output / REPORT, report)
+    (output / CITATIONS).write_text(citation(given.recipe, also=also))
+    console.print(f"wrote {page}; please cite the works in {output / CITATIONS}")
+
+
+def _predict_tests(config: Config, given: Inputs, params: Params) -> dict[str, list[FrameResult]]:
+    """Results on each test set, with the E0s of its level of theory."""
+    found = {}
+    for name, frames in given.tests.items():
+        model, head = inputs.test_model(config, given, name)
+        found[name] = predict_frames(model, params, frames, head=head, dtype=config.compute_dtype)
+    return found
 
 
 def comparison(judged: Sequence[Judged]) -> Table:
@@ -215,9 +389,11 @@ def comparison(judged: Sequence[Judged]) -> Table:
     return table
 
 
-def _check_output(output: Path, config: Config, resume: bool) -> None:
-    if not resume:
+def _check_output(output: Path, config: Config, restart: str) -> None:
+    if restart == "never":
         bundle.refuse_existing(output)
+    elif restart == "always" and not output.exists():
+        raise ValueError(f"{output} does not exist, so there is no run to resume.")
     elif output.exists() and not (output / CONFIG).is_file():
         raise ValueError(
             f"{output} exists but holds no {CONFIG}, so it is no run to resume;\n"
@@ -231,71 +407,6 @@ def _check_output(output: Path, config: Config, resume: bool) -> None:
                 f"{output} was made with other settings (- then, + now):\n{diff}\n"
                 "Resume with the same ones, or give another output."
             )
-
-
-def _training_frames(config: Config, keys: Keys) -> tuple[list[Frame], list[Frame]]:
-    train = data.read(_paths(config.train), keys=keys)
-    if isinstance(config.valid, float):
-        return data.split(train, valid=config.valid, seed=config.seed)
-    return train, data.read(_paths(config.valid), keys=keys)
-
-
-def _paths(files: list[Path] | Path) -> list[Path]:
-    return files if isinstance(files, list) else [files]
-
-
-def _with_e0s(
-    base: Potential,
-    params: Params,
-    config: Config,
-    train: Sequence[Frame],
-    valid: Sequence[Frame],
-    console: Console,
-) -> Potential:
-    """The model with the E0s that the config asks for, and a table of what changed."""
-    if config.e0s == "foundation":
-        return base
-    if config.e0s == "isolated_atoms":
-        e0s = data.isolated_atom_energies(train)
-        source = f"config_type={data.ISOLATED_ATOM} frames of the training files"
-    elif config.e0s == "estimated":
-        found = estimate(base, params, data.without_isolated_atoms(train), head=config.head)
-        console.print(explain(found), highlight=False)
-        e0s, source = found.e0s, "the estimate"
-    else:
-        e0s = {atomic_numbers[symbol]: value for symbol, value in config.e0s.items()}
-        source = "the config"
-    needed = {int(z) for frame in (*train, *valid) for z in frame.atomic_numbers}
-    missing = sorted(needed - set(e0s))
-    if missing:
-        raise ValueError(
-            f"no isolated-atom energy for {', '.join(chemical_symbols[z] for z in missing)} in "
-            f"{source};\ngive one per element of the training and validation frames, or "
-            "e0s: foundation if they are of the model's own level of theory."
-        )
-    model = surgery.set_e0s(base, e0s, head=config.head)
-    table = Table(title="isolated-atom energies, eV (others unchanged)", title_justify="left")
-    for heading in ("element", "model", "now"):
-        table.add_column(heading, justify="right")
-    for z in sorted(e0s):
-        own = base.e0s[base.head_index(config.head), base.atomic_numbers.index(z)]
-        table.add_row(chemical_symbols[z], f"{own:.4f}", f"{e0s[z]:.4f}")
-    console.print(table)
-    return model
-
-
-def _coverage(sets: dict[str, Sequence[Frame]]) -> Table:
-    table = Table(title="frames and labels", title_justify="left")
-    table.add_column("set")
-    for heading in ("frames", "energy", "forces", "stress"):
-        table.add_column(heading, justify="right")
-    table.add_column("atoms by element")
-    for name, frames in sets.items():
-        found = data.coverage(frames)
-        counts = (found.frames, found.energy, found.forces, found.stress)
-        elements = " ".join(f"{symbol} {n}" for symbol, n in found.elements.items())
-        table.add_row(name, *(str(count) for count in counts), elements)
-    return table
 
 
 def _provenance(config: Config, fitted: FitResult) -> dict[str, object]:

@@ -45,9 +45,14 @@ def assert_lawful(
       seed: of the random coordinates and rotations.
     """
     key = jax.random.key(seed)
+    assert_equivariant(recipe, predictor, params, batch.graph, key=key)
+    assert_lawful_trees(recipe, params, batch, key=key)
+
+
+def assert_lawful_trees(recipe: Recipe, params: Params, batch: Any, *, key: Array) -> None:
+    """All laws that need neither a training step nor a potential; ``params`` may be any tree."""
     assert_identity_at_init(recipe, params, key=key)
     assert_keeps_structure(recipe, params, key=key)
-    assert_equivariant(recipe, predictor, params, batch.graph, key=key)
     assert_order_free(recipe, params, batch, key=key)
     assert_penalty_anchored(recipe, params, batch, key=key)
     assert_projection_idempotent(recipe, params, key=key)

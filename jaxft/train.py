@@ -48,7 +48,11 @@ StepFn = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
 
 def finetune(
-    loss_fn: LossFn, recipe: Recipe, tx: optax.GradientTransformation
+    loss_fn: LossFn,
+    recipe: Recipe,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
 ) -> tuple[InitFn, StepFn]:
     """Fine-tuning as a pair of functions, ``init(key, params)`` and ``step(state, batch)``.
 
@@ -66,6 +70,10 @@ def finetune(
       loss_fn: ``(params, batch) -> scalar, {name: scalar}``.
       recipe: strategies; ``()`` is full fine-tuning.
       tx: the optimiser.
+      accumulate: micro-batches per update, for updates that do not fit into memory. If more than 1,
+        ``step`` takes that many batches stacked along a leading axis and sums their gradients: the
+        gradient of one batch of all their frames, where they share their ``totals``
+        (:func:`jaxft.data.with_shared_totals`).
 
     Returns:
       ``init`` copies what it is given, the caller's arrays stay valid. ``step`` is jitted and
@@ -78,6 +86,8 @@ def finetune(
     """
     recipe = tuple(recipe)
     base.check_names(recipe)
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} micro-batches are no update; use >= 1.")
     chain = optax.chain(tx, *(strategy.tx for strategy in recipe))
 
     def init(key: Array, params: Params) -> TrainState:
@@ -97,12 +107,26 @@ def finetune(
         params = _effective(recipe, trainable, frozen)
         loss, info = loss_fn(params, batch)
         for name, penalty in base.penalties(recipe, params, frozen.consts, batch).items():
+            penalty = penalty / accumulate if accumulate > 1 else penalty
             loss = loss + penalty
             info = {**info, f"penalty/{name}": penalty}
         return loss, {**info, "loss": loss}
 
+    one = jax.grad(total, has_aux=True)
+
+    def several(trainable: Trainable, frozen: Frozen, batches: Any) -> tuple[Trainable, Any]:
+        def add(sums: Any, batch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, one(trainable, frozen, batch)), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        shapes = jax.eval_shape(one, trainable, frozen, first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zeros, batches)[0]
+
+    differentiate = one if accumulate == 1 else several
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        gradient, info = jax.grad(total, has_aux=True)(state.trainable, state.frozen, batch)
+        gradient, info = differentiate(state.trainable, state.frozen, batch)
         norm = optax.tree.norm(gradient)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(info["loss"])
         updates, opt_state = chain.update(gradient, state.opt_state, state.trainable)
@@ -127,3 +151,16 @@ def merge(recipe: Recipe, state: TrainState) -> Params:
 def _effective(recipe: Recipe, trainable: Trainable, frozen: Frozen) -> Params:
     params = tree.combine(trainable.params, frozen.params)
     return base.apply(recipe, params, trainable.coords, frozen.consts)
+
+
+def in_precision(loss_fn: LossFn, dtype: str) -> LossFn:
+    """The loss computed in ``dtype``, of parameters that are kept in another.
+
+    With parameters and optimiser in float64 and the model in float32, small updates are not lost
+    and the model runs at the speed of float32. Batches have to be of ``dtype`` too.
+    """
+
+    def cast(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return lambda params, batch: loss_fn(cast(params), batch)

@@ -21,6 +21,7 @@ LAYERS = {
     3: ["potential", "loss", "fisher", "fisherfile", "calibration", "surgery", "testing"],
     4: [
         "train",
+        "validation",
         "evaluate",
         "bundle",
         "describe",
@@ -35,7 +36,17 @@ LAYERS = {
         "report",
     ],
     5: ["fit", "calculator"],
-    6: ["cli", "config", "run", "presets", "inspection", "page"],
+    6: [
+        "cli",
+        "config",
+        "recipe",
+        "inputs",
+        "run",
+        "adapter",
+        "presets",
+        "inspection",
+        "page",
+    ],
 }
 """Parts of jaxft by layer, as in docs/architecture.md; a part imports its own layer or lower."""
 

@@ -1,0 +1,75 @@
+"""Commands that predict and judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxft.cli.shared import Dtype, Head, Json, app, command, console, evaluate_app, load
+
+
+@app.command()
+@command
+def predict(
+    bundle: Path,
+    structures: Annotated[Path, typer.Argument(metavar="IN")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.xyz")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: that of the bundle.")] = None,
+    head: Head = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Energies, forces and stresses of all frames of IN, written to OUT.xyz."""
+    from jaxft.display import Display
+    from jaxft.evaluate.predictions import predict_file
+
+    model, params = load(bundle, dtype, head)
+    with Display(console).counter(label="predict") as advance:
+        count = predict_file(
+            model,
+            params,
+            structures,
+            output,
+            head=head,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    console.print(f"wrote {output} ({count} frames)")
+
+
+@evaluate_app.command("errors")
+@command
+def evaluate_errors(
+    bundle: Path,
+    files: Annotated[list[Path], typer.Argument(metavar="DATA...")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: that of the bundle.")] = None,
+    head: Head = None,
+    energy_key: str = "REF_energy",
+    forces_key: str = "REF_forces",
+    stress_key: str = "REF_stress",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Parity plot to write (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """MAE and RMSE of energy, forces and stress against the labels of DATA."""
+    from jaxft import data
+    from jaxft.evaluate.errors import errors
+    from jaxft.evaluate.plots import check_picture, parity_plot
+    from jaxft.evaluate.predictions import predict_frames
+
+    if plot is not None:
+        check_picture(plot)
+    model, params = load(bundle, dtype, head)
+    keys = data.Keys(energy_key, forces_key, stress_key)
+    frames = data.without_isolated_atoms(data.read(files, keys=keys))
+    data.require_any_label(frames, keys=keys)
+    results = predict_frames(model, params, frames, head=head, batch_size=batch_size)
+    table = errors(frames, results)
+    if plot is not None:
+        parity_plot(frames, {str(bundle): results}, plot)
+    if as_json:
+        print(json.dumps(table.to_dict(), indent=1))
+    else:
+        console.print(table.render())

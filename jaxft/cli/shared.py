@@ -1,0 +1,77 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Fine-tune machine-learning interatomic potentials in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+evaluate_app = typer.Typer(help="Judge a bundle.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+console = Console(markup=False)  # names and paths may hold brackets
+EXIT_INPUT, EXIT_DIVERGED = 1, 3
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    float64 = "float64"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Head = Annotated[str | None, typer.Option(help="Head, where the model has several.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")]
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of the user's input become one message and exit code 1, divergence exit code 3."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_INPUT) from error
+        except RuntimeError as error:
+            from jaxft.fit import NonFiniteError
+
+            if not isinstance(error, NonFiniteError):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_DIVERGED) from error
+
+    return wrapped
+
+
+def use(dtype: str | None) -> None:
+    """Let JAX compute in ``dtype``; before its first computation."""
+    import jax
+
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+
+
+def load(bundle: Path, dtype: Dtype | None, head: str | None) -> tuple[Any, Any]:
+    from jaxft import bundle as bundles
+
+    model, params, _ = bundles.load_numpy(bundle)
+    model.head_index(head)
+    wanted = dtype.value if dtype else bundles.stored_dtype(params)
+    use(wanted)
+    return bundles.load(bundle, dtype=wanted)

@@ -1,0 +1,283 @@
+"""What a config names, read and checked: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+from ase.data import atomic_numbers, chemical_symbols
+from rich.console import Console
+from rich.table import Table
+
+from jaxft import bundle, data, surgery
+from jaxft import config as configs
+from jaxft.config import Config
+from jaxft.data import Dataset, Frame, Keys, Mixture
+from jaxft.describe import describe
+from jaxft.evaluate.pseudolabel import pseudolabel, resolve
+from jaxft.potential import Potential
+from jaxft.preflight import Preflight, preflight
+from jaxft.recipe import Replay, Setting
+from jaxft.source import Source
+from jaxft.strategies import Recipe, Strategy, base
+from jaxft.strategies.ewc import digest
+from jaxft.typing import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The model that training starts from."""
+
+    base: Potential
+    """With all heads, and the E0s that it came with."""
+    params: Params
+    digest: str
+    """Of the bundle's parameters, before surgery."""
+    like: str | None = None
+    """The head that the new one is a copy of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything that a run needs."""
+
+    start: Start
+    model: Potential
+    """With the E0s of the training data."""
+    recipe: Recipe
+    train: Mixture
+    valid: Dataset
+    watch: Mapping[str, Dataset]
+    tests: Mapping[str, Sequence[Frame]]
+    preflight: Preflight | None
+    """None if no training frame has an energy."""
+
+    @property
+    def params(self) -> Params:
+        return self.start.params
+
+
+def start(config: Config) -> Start:
+    """The bundle that a config names, with the head that it adds.
+
+    Raises:
+      ValueError: the bundle cannot be read, or a head is unknown or exists already.
+    """
+    model, params = bundle.load(config.model, dtype=config.parameter_dtype)
+    known = digest(params)
+    if config.add_head is None:
+        model.head_index(config.head)
+        return Start(model, params, known)
+    like = model.heads[model.head_index(config.add_head.like)]
+    model, params = surgery.add_head(model, params, str(config.head), like=like)
+    return Start(model, jax.tree.map(jax.numpy.asarray, params), known, like)
+
+
+def recipe(config: Config) -> tuple[Recipe, Params]:
+    """The recipe of a config and the parameters that it acts on; reads data if strategies do."""
+    begin = start(config)
+    frames: list[Frame] = []
+    if any(isinstance(entry, Replay) and entry.select is not None for entry in config.recipe):
+        frames = _labelled_frames(config)[0]
+    return configs.strategies(config, _setting(config, begin, begin.base, frames)), begin.params
+
+
+def read(config: Config, console: Console) -> Inputs:
+    """Read and check everything; prints what was found.
+
+    Raises:
+      ValueError: input that cannot be used.
+    """
+    begin = start(config)
+    names = keys(config)
+    train, valid = _labelled_frames(config)
+    tests = {
+        name: data.without_isolated_atoms(data.read(entry.files, keys=names))
+        for name, entry in config.test.items()
+    }
+    fitted = [data.without_isolated_atoms(frames) for frames in (train, valid)]
+    _check_labels(config, fitted[0], fitted[1])
+    for frames in (*fitted, *tests.values()):
+        data.check_elements(frames, begin.base.atomic_numbers)
+    for name, frames in tests.items():
+        data.require_any_label(frames, keys=names)
+        begin.base.head_index(_test_head(config, name))
+    check = _preflight(config, begin, train)
+    e0s = _e0s(config, train, valid, check)
+    model = surgery.set_e0s(begin.base, e0s, head=config.head) if e0s else begin.base
+    setting = _setting(config, begin, model, fitted[0])
+    strategies, watched = _recipe(config, setting)
+    console.print(describe(strategies, begin.params).splitlines()[-1], highlight=False)
+    sources = _sources(config, setting, strategies, bool(e0s))
+    mixture = data.mixture(
+        fitted[0],
+        model,
+        head=config.head,
+        sources=sources,
+        size=config.batch_size,
+        cache=config.cache,
+    )
+    console.print(_coverage({"train": fitted[0], "valid": fitted[1], **watched, **tests}))
+    for line in mixture.describe():
+        console.print(line, highlight=False)
+    if check is not None:
+        console.print(check.render())
+    return Inputs(
+        start=begin,
+        model=model,
+        recipe=strategies,
+        train=mixture,
+        valid=data.prepare(fitted[1], model, head=config.head, cache=config.cache),
+        watch=_watched(config, setting, watched),
+        tests=tests,
+        preflight=check,
+    )
+
+
+def test_model(config: Config, inputs: Inputs, name: str) -> tuple[Potential, str | None]:
+    """The potential whose E0s suit a test set, and its head."""
+    model = inputs.start.base if config.test[name].e0s == "base" else inputs.model
+    return model, _test_head(config, name)
+
+
+def _test_head(config: Config, name: str) -> str | None:
+    return config.test[name].head or config.head
+
+
+def keys(config: Config) -> Keys:
+    """Names of the labels in the files."""
+    return Keys(**config.keys.model_dump())
+
+
+def _setting(config: Config, begin: Start, model: Potential, frames: Sequence[Frame]) -> Setting:
+    return Setting(model, begin.params, keys(config), config.head, frames, config.seed)
+
+
+def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
+    names = keys(config)
+    train = data.read(config.train, keys=names)
+    if isinstance(config.valid, float):
+        train, valid = data.split(train, valid=config.valid, seed=config.seed)
+    else:
+        valid = data.read(config.valid, keys=names)
+    return data.weigh(train, config_types=config.config_types), valid
+
+
+def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]) -> None:
+    wanted, names = config.loss.labels, keys(config)
+    judged_by = [] if config.metric.rpartition("/")[2] == "loss" else [config.metric]
+    data.require_labels(train, wanted, keys=names)
+    data.require_labels(valid, wanted + [name for name in judged_by if "/" not in name], keys=names)
+
+
+def _recipe(
+    config: Config, setting: Setting
+) -> tuple[tuple[Strategy, ...], dict[str, list[Frame]]]:
+    """The strategies, and the frames that their sources set aside."""
+    strategies, watched = [], {}
+    for entry in config.recipe:
+        if not isinstance(entry, Replay):
+            strategies.append(entry.build(setting))
+            continue
+        frames, aside = entry.split(setting)
+        strategies.append(entry.with_frames(setting, frames))
+        if aside:
+            watched[entry.name] = aside
+    base.check_names(strategies)
+    base.check(strategies, setting.params)
+    return tuple(strategies), watched
+
+
+def _sources(
+    config: Config, setting: Setting, strategies: Recipe, has_new_e0s: bool
+) -> tuple[Source, ...]:
+    """The recipe's sources, with the labels that the starting model makes."""
+    sources = base.sources(strategies)
+    own = setting.model.heads[setting.model.head_index(config.head)]
+    wanted = config.loss.labels
+    for source in sources:
+        setting.model.head_index(source.head or own)
+        data.check_elements(source.frames, setting.model.atomic_numbers)
+        is_given = source.labels == "given"
+        if is_given and not any(data.has_label(f, w) for f in source.frames for w in wanted):
+            data.require_labels(source.frames, wanted, keys=setting.keys)
+        if is_given and has_new_e0s and (source.head or own) == own:
+            raise ValueError(
+                f"{source.name!r} replays labels on head {own!r}, whose isolated-atom energies are "
+                f"changed (e0s: {config.e0s}), so they would be of two levels of theory;\n"
+                "use multihead_replay with add_head, pseudolabel_replay, or e0s: foundation."
+            )
+    return resolve(sources, setting.model, setting.params, own)
+
+
+def _watched(
+    config: Config, setting: Setting, watched: Mapping[str, list[Frame]]
+) -> dict[str, Dataset]:
+    found = {}
+    for entry in config.sources:
+        if entry.name not in watched:
+            continue
+        frames, head = watched[entry.name], entry.head or config.head
+        if entry.strategy == "pseudolabel_replay":
+            frames = pseudolabel(setting.model, setting.params, frames, head=head)
+        if any(data.has_label(f, name) for f in frames for name in ("energy", "forces")):
+            found[entry.name] = data.prepare(frames, setting.model, head=head, cache=config.cache)
+    return found
+
+
+def _preflight(config: Config, begin: Start, train: Sequence[Frame]) -> Preflight | None:
+    if not any(frame.energy is not None for frame in data.without_isolated_atoms(train)):
+        return None
+    given = _given(config.e0s) if isinstance(config.e0s, dict) else None
+    return preflight(begin.base, begin.params, train, head=config.head, given=given)
+
+
+def _given(e0s: Mapping[str, float]) -> dict[int, float]:
+    return {atomic_numbers[symbol]: value for symbol, value in e0s.items()}
+
+
+def _e0s(
+    config: Config,
+    train: Sequence[Frame],
+    valid: Sequence[Frame],
+    check: Preflight | None,
+) -> dict[int, float]:
+    """The E0s that the config asks for; empty for those of the model."""
+    if config.e0s == "foundation":
+        return {}
+    if config.e0s == "isolated_atoms":
+        e0s = data.isolated_atom_energies(train)
+        source = f"config_type={data.ISOLATED_ATOM} frames of the training files"
+    elif isinstance(config.e0s, dict):
+        e0s, source = _given(config.e0s), "the config"
+    elif check is None:
+        raise ValueError(
+            f"e0s: {config.e0s} needs energies, and no training frame has one;\n"
+            "give them as numbers, or use e0s: foundation."
+        )
+    else:
+        e0s, source = check[config.e0s].e0s, "the fit to the training frames"
+    needed = {int(z) for frame in (*train, *valid) for z in frame.atomic_numbers}
+    missing = sorted(needed - set(e0s))
+    if missing:
+        raise ValueError(
+            f"no isolated-atom energy for {', '.join(chemical_symbols[z] for z in missing)} in "
+            f"{source};\ngive one per element of the training and validation frames, or "
+            "e0s: foundation if they are of the model's own level of theory."
+        )
+    return e0s
+
+
+def _coverage(sets: Mapping[str, Sequence[Frame]]) -> Table:
+    table = Table(title="frames and labels", title_justify="left")
+    table.add_column("set")
+    for heading in ("frames", "energy", "forces", "stress"):
+        table.add_column(heading, justify="right")
+    table.add_column("atoms by element")
+    for name, frames in sets.items():
+        found = data.coverage(frames)
+        counts = (found.frames, found.energy, found.forces, found.stress)
+        elements = " ".join(f"{symbol} {n}" for symbol, n in found.elements.items())
+        table.add_row(name, *(str(count) for count in counts), elements)
+    return table

@@ -1,0 +1,86 @@
+"""Judging parameters on labelled sets, after every epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxft import data
+from jaxft.data import Dataset
+from jaxft.graph import Batch
+from jaxft.potential import Potential, predict
+from jaxft.typing import Array, LossFn, Params
+
+METRICS = ("energy", "forces", "stress")
+
+TOTALS = {"energy": "energy", "forces": "forces", "stress": "stress", "virials": "stress"}
+"""Which sum of weights a term of the loss is divided by."""
+
+
+def validator(
+    model: Potential,
+    loss_fn: LossFn,
+    sets: Mapping[str, Dataset],
+    *,
+    weights: Mapping[str, float],
+    batch_size: int,
+    dtype: str,
+) -> Callable[[Params], dict[str, float]]:
+    """A function ``params -> {<set>/<metric>: value}``.
+
+    Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³), where a
+    set has such labels, and the weighted ``loss``. All are summed over the set and divided once, so
+    they do not depend on the batches.
+
+    Args:
+      model: the potential.
+      loss_fn: its info holds the terms of ``weights``.
+      sets: by name.
+      weights: λ of the loss's terms.
+      batch_size: frames per batch.
+      dtype: of the batches.
+    """
+
+    @jax.jit
+    def measured(params: Params, batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
+        _, terms = loss_fn(params, batch)
+        like = jax.tree.map(lambda leaf: leaf.astype(batch.graph.vectors.dtype), params)
+        predicted = predict(model, like, batch.graph)
+        labels = batch.labels
+        squares = {
+            "energy": ((predicted.energy - labels.energy) / batch.n_atoms) ** 2,
+            "forces": jnp.mean((predicted.forces - labels.forces) ** 2, axis=-1),
+            "stress": jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1)),
+        }
+        sums = {name: jnp.sum(getattr(batch.weights, name) * x) for name, x in squares.items()}
+        return sums, {name: terms[name] for name in weights}
+
+    def judge(params: Params, dataset: Dataset) -> dict[str, float]:
+        squares, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
+        losses = dict.fromkeys(weights, 0.0)
+        for batch in data.epoch(dataset, batch_size, dtype=dtype):
+            sums, terms = jax.device_get(measured(params, batch))
+            for name in METRICS:
+                squares[name] += float(sums[name])
+                counts[name] += float(getattr(batch.totals, name))
+            for name, mean in terms.items():
+                losses[name] += float(mean) * float(getattr(batch.totals, TOTALS[name]))
+        found = {name: math.sqrt(squares[name] / counts[name]) for name in METRICS if counts[name]}
+        loss = sum(
+            weight * losses[name] / counts[TOTALS[name]]
+            for name, weight in weights.items()
+            if counts[TOTALS[name]]
+        )
+        return found | {"loss": loss}
+
+    def validate(params: Params) -> dict[str, float]:
+        return {
+            f"{name}/{metric}": value
+            for name, dataset in sets.items()
+            for metric, value in judge(params, dataset).items()
+        }
+
+    return validate
