@@ -25,10 +25,10 @@ def method(name, *keys):
 
 
 def cited_in_the_sources():
-    """Keys that the code names, as literals of the shape ``author2026word``, wherever they stand."""
+    """Keys that the code names, literals of the shape ``author2026word``, wherever they stand."""
     sources = [path for path in ROOT.glob("jaxft/**/*.py") if path.name != "citation.py"]
-    texts = [path.read_text() for path in sources]
-    return {key for t in texts for key in re.findall(r"[\"']([a-z]+(?:19|20)\d\d[a-z]\w*)[\"']", t)}
+    shape = r"[\"']([a-z]+(?:19|20)\d\d[a-z]\w*)[\"']"
+    return {key for path in sources for key in re.findall(shape, path.read_text())}
 
 
 @pytest.mark.parametrize("work", bibliography().values(), ids=lambda work: work.key)
