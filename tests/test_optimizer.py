@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jaxft
+from jaxft.citation import works
 from jaxft.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
@@ -182,10 +183,9 @@ def test_schedule_free_follows_its_update_rule_and_is_judged_by_the_average():
     tx = optimizer(
         "schedule_free", lambda t: rate * jnp.minimum(t.astype(float) / 3, 1.0), weight_decay=wd
     )
-    start = np.array([2.0, -1.0, 0.5])
+    start = np.random.default_rng(0).normal(size=3)
     y, state = jnp.asarray(start), tx.init(jnp.asarray(start))
     assert is_averaging(state)
-    assert is_same(evaluated(state, y), jnp.asarray(start))
     x = z = start
     v = total = np.zeros(3)
     for t in range(1, 31):
@@ -208,6 +208,11 @@ def test_what_is_judged_is_what_is_trained_unless_it_is_averaged():
         state = optimizer(name, 0.1).init(TRAINABLE)
         assert not is_averaging(state)
         assert evaluated(state, TRAINABLE) is TRAINABLE
+
+
+def test_before_the_first_update_the_average_is_the_start_bitwise():
+    start = jnp.asarray(np.random.default_rng(0).normal(size=100))
+    assert is_same(evaluated(optimizer("schedule_free", 0.1).init(start), start), start)
 
 
 def test_the_average_is_found_inside_the_chain_of_a_recipe():
@@ -397,15 +402,15 @@ def test_the_factor_scales_updates_without_compiling_again(name):
 
     init, step = jaxft.finetune(counted, (), optimizer(name, 0.01))
     after = {}
-    for factor in (1.0, 0.5, 0.0):
+    for factor in (None, 0.5, 0.0):
         state = init(jax.random.key(0), PARAMS)
-        state = state._replace(opt_state=set_factor(state.opt_state, factor))
-        assert get_factor(state.opt_state) == factor
+        if factor is not None:
+            state = state._replace(opt_state=set_factor(state.opt_state, factor))
         state, _ = step(state, 2.0)
-        assert get_factor(state.opt_state) == factor
+        assert get_factor(state.opt_state) == (1.0 if factor is None else factor)
         after[factor] = jax.tree.map(jnp.subtract, state.trainable.params, PARAMS)
     assert len(traces) == 1
-    close(after[0.5], jax.tree.map(lambda x: 0.5 * x, after[1.0]), 1e-7)
+    close(after[0.5], jax.tree.map(lambda x: 0.5 * x, after[None]), 1e-7)
     close(after[0.0], jax.tree.map(jnp.zeros_like, PARAMS))
 
 
@@ -441,7 +446,9 @@ def test_a_plateau_resumes_from_json():
     assert json.dumps(dataclasses.asdict(Plateau()), allow_nan=False)
 
 
-@pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"patience": -1}, {"threshold": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"factor": 1.0}, {"patience": -1}, {"threshold": -0.1}, {"min_factor": 2.0}]
+)
 def test_a_plateau_without_sense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Plateau(**wrong)
@@ -547,5 +554,13 @@ def test_an_optimiser_says_whom_to_cite():
         "chaudhry2019agem",
         "yu2020pcgrad",
     )
+    assert "li2018l2sp" in cites("adam", weight_decay=1.0, decay_towards="start")
     assert "defazio2024schedulefree" in cites("schedule_free")
     assert "jordan2024muon" in cites("muon")
+
+
+def test_every_work_to_cite_is_in_the_bibliography():
+    options = {"weight_decay": 1.0, "decay_towards": "start"}
+    for name in OPTIMIZERS:
+        for alternation in ("separate", "project", "sum"):
+            works(also=cites(name, alternation=alternation, **options))

@@ -79,7 +79,7 @@ OPTIMIZERS = {
 ALTERNATIONS: dict[str, tuple[Callable[[int], optax.GradientTransformation], tuple[str, ...]]] = {
     "separate": (lambda period: optax.identity(), ()),
     "project": (project_gradients, ("chaudhry2019agem", "yu2020pcgrad")),
-    "sum": (add_previous, ()),
+    "sum": (add_previous, ("kim2026reewc",)),
 }
 """What updates of target and memory, which take turns, know of each other."""
 
@@ -148,12 +148,15 @@ def cites(
     name: str,
     *,
     weight_decay: float | Mapping[str, float] = 0.0,
+    decay_towards: str = "zero",
     alternation: str = "separate",
 ) -> tuple[str, ...]:
-    """Keys of the works to cite for an optimiser with these options."""
+    """Keys of the works to cite for an optimiser with these options of :func:`optimizer`."""
     _options(name)
     _check(0.0, None, alternation)
-    decays = (DECAY,) if _decays(weight_decay) else ()
+    decays: tuple[str, ...] = ()
+    if _decays(weight_decay):
+        decays = (DECAY, "li2018l2sp") if decay_towards == "start" else (DECAY,)
     return tuple(dict.fromkeys((*OPTIMIZERS[name].cites, *decays, *ALTERNATIONS[alternation][1])))
 
 

@@ -71,7 +71,8 @@ class Plateau:
     None: ``dataclasses.asdict`` and ``Plateau(**…)`` save and resume it.
 
     Raises:
-      ValueError: ``factor`` is not in (0, 1), or patience, threshold or ``min_factor`` is negative.
+      ValueError: ``factor`` is not in (0, 1), patience or threshold is negative, or ``min_factor``
+        is not in [0, 1].
 
     Example:
       >>> plateau = Plateau(factor=0.5, patience=1)
@@ -104,7 +105,12 @@ class Plateau:
                 f"factor={self.factor} of a plateau is not between 0 and 1; "
                 "the learning rate is multiplied by it: use 0.8 or so."
             )
-        for name in ("patience", "threshold", "min_factor"):
+        if not 0 <= self.min_factor <= 1:
+            raise ValueError(
+                f"min_factor={self.min_factor} of a plateau is not between 0 and 1; it is a "
+                "fraction of the learning rate at the start: use 0 for no limit."
+            )
+        for name in ("patience", "threshold"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"{name}={getattr(self, name)} of a plateau is negative; use 0 or more."
