@@ -114,6 +114,31 @@ def test_energies_follow_forces_and_stress_with_slope_one(sound):
         assert found[label].pairs >= 30
 
 
+def test_the_choice_of_periodic_images_changes_no_trend(sound):
+    rng = np.random.default_rng(2)
+    moved = [
+        replace(f, positions=f.positions + rng.integers(-1, 2, size=(len(f), 3)) @ f.cell)
+        for f in sound
+    ]
+    for ours, expected in zip(trends(moved)[0], trends(sound)[0], strict=True):
+        assert ours.pairs == expected.pairs
+        assert ours.slope == pytest.approx(expected.slope, rel=1e-6)
+
+
+def test_the_work_of_stress_is_told_from_that_of_forces():
+    rng = np.random.default_rng(3)
+    frames = []
+    for k in range(12):
+        atoms = ase.build.bulk("Cu", cubic=True, a=3.6)
+        atoms.set_cell(atoms.cell * (1 + 0.002 * k), scale_atoms=True)
+        atoms.positions += rng.normal(scale=0.01, size=(4, 3))
+        atoms.positions[0] += 0.003 * k
+        frames.append(computed(atoms, "both", k))
+    (stress,) = (t for t in trends(frames)[0] if t.label == "stress")
+    assert stress.slope == pytest.approx(1, abs=0.02)
+    assert stress.agreement == 1
+
+
 @pytest.mark.parametrize("name", ["base", "ethanol", "nacl"])
 def test_the_benchmarks_own_sets_have_no_errors_and_few_warnings(name):
     files = [BENCHMARKS / f"{name}_{part}.xyz" for part in ("atoms", "train", "test")]
@@ -214,7 +239,9 @@ def test_isolated_atoms_are_checked(sound):
     damaged = [replace(sound[0], energy=None), *sound[1:]]
     assert names(damaged)["isolated-atoms-damaged"].severity == "error"
     unmarked = [replace(sound[0], config_type="Default"), *sound[1:]]
-    assert names(unmarked)["isolated-atoms-unmarked"].count == 1
+    found = names(unmarked)
+    assert found["isolated-atoms-unmarked"].count == 1
+    assert "energy-outliers" not in found, "said once"
     regression = [replace(f, energy=f.energy - 3.4) for f in sound[:5]]
     assert "isolated-atoms-implausible" in names([*regression, *sound[5:37]])
 
@@ -304,8 +331,9 @@ def test_copies_are_found_and_told_from_contradictions(sound):
         replace(copy, energy=copy.energy + 0.3),
         replace(copy, forces=copy.forces + 0.1),
     ):
-        found = names([*sound, other])["contradictions"]
-        assert (found.severity, found.count) == ("error", 1)
+        found = names([*sound, other])
+        assert "duplicates" not in found
+        assert (found["contradictions"].severity, found["contradictions"].count) == ("error", 1)
     assert (
         "differ by up to 0.3 eV"
         in names([*sound, replace(copy, energy=copy.energy + 0.3)])["contradictions"].text

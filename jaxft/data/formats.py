@@ -65,18 +65,18 @@ def read_shards(path: Path) -> list[ase.Atoms]:
       ValueError: the folder holds files of both kinds; else as the readers.
     """
     files = sorted((f for f in path.iterdir() if f.suffix in HDF5 | LMDB), key=_natural)
-    kinds = {suffix in HDF5 for suffix in (file.suffix for file in files)}
+    kinds = {file.suffix in HDF5 for file in files}
     if len(kinds) > 1:
         raise ValueError(
             f"{path} holds {files[0].name}, {files[-1].name}, …: HDF5 and LMDB; expected the "
             "shards of one data set. Name the files that you want."
         )
-    read = read_hdf5 if kinds == {True} else read_lmdb
-    return [atoms for file in files for atoms in read(file)]
+    read_one = read_hdf5 if kinds == {True} else read_lmdb
+    return [atoms for file in files for atoms in read_one(file)]
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
+def _natural(path: Path) -> list[tuple[str, int]]:
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
 
 
 def _optional(module: str, path: Path) -> Any:
@@ -87,9 +87,6 @@ def _optional(module: str, path: Path) -> Any:
             f"{path} needs the package {module}, which is not installed; "
             "pip install 'jaxft[formats]'."
         ) from error
-
-
-# --- HDF5 -----------------------------------------------------------------------------------------
 
 
 def read_hdf5(path: Path) -> list[ase.Atoms]:
@@ -175,8 +172,8 @@ def _is_zero(value: Any) -> bool:
 
 
 def _attach(atoms: ase.Atoms, key: str, value: Any) -> None:
-    per_atom = isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == len(atoms)
-    if key in IN_ARRAYS or (per_atom and key not in IN_INFO and len(atoms) > 1):
+    is_per_atom = 1 < len(atoms) == next(iter(np.shape(value)), 0) and key not in IN_INFO
+    if key in IN_ARRAYS or is_per_atom:
         atoms.arrays[IN_ARRAYS.get(key, key)] = np.asarray(value)
     else:
         atoms.info[IN_INFO.get(key, key)] = value
@@ -186,9 +183,6 @@ def _calculate(atoms: ase.Atoms, results: Mapping[str, Any]) -> None:
     if results:
         atoms.calc = SinglePointCalculator(atoms)
         atoms.calc.results.update(results)
-
-
-# --- LMDB -----------------------------------------------------------------------------------------
 
 
 def read_lmdb(path: Path) -> list[ase.Atoms]:
