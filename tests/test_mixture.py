@@ -12,6 +12,7 @@ import pytest
 
 from jaxft import data
 from jaxft.data.mixture import TARGET
+from jaxft.data.packing import WINDOW
 from jaxft.data.shares import Slots, counts, largest_draw, most, passes
 from jaxft.source import Source
 
@@ -299,12 +300,14 @@ def test_alternating_sources_follow_each_batch_of_the_target_in_turn():
 
 
 def test_alternating_updates_run_through_the_source_across_epochs():
-    mixture = mixed(6, 3, alternating(16, batch_size=2, steps=4))
-    held = [chosen for batches in epochs(mixture) for chosen in batches if (chosen >= 6).all()]
-    assert len(held) == EPOCHS * 2 * 4
-    for start in range(0, len(held), 16):  # two passes, the batches that trade with each other
-        seen = Counter(np.concatenate(held[start : start + 16]).tolist())
-        assert seen == dict.fromkeys(range(6, 22), 2)
+    size = 2 * WINDOW  # so that the batches that trade with one another are a pass
+    mixture = mixed(6, 3, alternating(size, batch_size=2, steps=WINDOW - 1))
+    batches = itertools.chain(*epochs(mixture))
+    held = [chosen for chosen in batches if (chosen >= 6).all()]
+    assert len(held) == EPOCHS * 2 * (WINDOW - 1)
+    for start in range(0, len(held) - WINDOW + 1, WINDOW):
+        seen = np.concatenate(held[start : start + WINDOW])
+        assert sorted(seen) == list(range(6, 6 + size))
 
 
 def test_the_target_of_an_alternating_mixture_is_a_pass_per_epoch():

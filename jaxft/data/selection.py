@@ -114,6 +114,8 @@ def _checked(descriptors: np.ndarray | None, count: int) -> np.ndarray:
             "descriptors=jaxft.evaluate.descriptors(model, params, frames)."
         )
     points = np.asarray(descriptors)
+    if points.dtype.kind != "f":
+        points = points.astype(np.float64)
     if points.ndim < 2 or len(points) != count:
         raise ValueError(
             f"descriptors have shape {points.shape} for {count} frames; expected ({count}, …)."
@@ -131,20 +133,20 @@ def _checked(descriptors: np.ndarray | None, count: int) -> np.ndarray:
 def farthest_points(points: np.ndarray, n: int) -> list[int]:
     """Rows of ``points`` [N, d] by the rule of :func:`select`, in the order of choice."""
     nearest = np.full(len(points), np.inf)
-    start = _squared_distances(points, points.mean(axis=0, dtype=np.float64))
-    chosen = [int(np.argmin(start))]
+    middle = points.mean(axis=0, dtype=np.float64).astype(points.dtype)
+    chosen = [int(np.argmin(_squared_distances(points, middle)))]
     while len(chosen) < n:
         nearest = np.minimum(nearest, _squared_distances(points, points[chosen[-1]]))
-        nearest[chosen[-1]] = -1.0  # so that copies of a chosen point come before it again
+        nearest[chosen[-1]] = -1.0  # copies of a chosen point come before it again
         chosen.append(int(np.argmax(nearest)))
     return chosen
 
 
-def _squared_distances(points: np.ndarray, point: np.ndarray, block: int = 4096) -> np.ndarray:
-    """[N] float64; in blocks, since a difference of all points would be as large as they are."""
-    found = np.empty(len(points))
+def _squared_distances(points: np.ndarray, point: np.ndarray, block: int = 256) -> np.ndarray:
+    """[N], in the dtype of ``points`` and by differences: |x|² + |y|² - 2 x·y would be faster and
+    would lose the distances of near points. In blocks that stay in the processor's cache."""
+    found = np.empty(len(points), points.dtype)
     for start in range(0, len(points), block):
-        rows = slice(start, start + block)
-        difference = points[rows].astype(np.float64) - point
-        found[rows] = np.einsum("nd,nd->n", difference, difference)
+        difference = points[start : start + block] - point
+        found[start : start + block] = np.einsum("nd,nd->n", difference, difference)
     return found
