@@ -160,6 +160,7 @@ def shapes(dataset: Dataset, size: int, *, shuffled: bool = True) -> list[Shape]
     if not len(dataset):
         return []
     n_frame = -(-len(dataset) // num_batches(dataset, size))
+    shuffled = shuffled and n_frame < len(dataset)
     sizes = np.stack([dataset.nodes, dataset.rows], axis=1)
     rng = np.random.default_rng(0) if shuffled else None
     looks = max(1, min(SIMULATED, 64 * SIMULATED // n_frame)) if shuffled else None

@@ -12,7 +12,7 @@ from jaxft.data.neighbours import Edges
 from jaxft.data.packing import ROW_COST
 from jaxft.graph import PADDING_DISTANCE
 
-ROW_WIDTHS = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+ROW_WIDTHS = (*range(4, 17), 18, 20, 22, 24, 28, 32, 40, 48, 56, 64)
 """Slots per edge row; a dataset uses the one that costs least."""
 
 
@@ -42,7 +42,7 @@ def best_width(degrees: Sequence[np.ndarray]) -> int:
     """The row width of least cost for atoms with so many neighbours; the wider of equals."""
     counts = np.concatenate(list(degrees) or [np.zeros(0, int)])
 
-    def cost(width: int) -> int:
+    def cost(width: int) -> float:
         return int((-(-counts // width)).sum()) * (width + ROW_COST)
 
     return min(reversed(ROW_WIDTHS), key=cost)
