@@ -16,7 +16,7 @@ from converters.to_jax import convert  # noqa: E402
 from jaxft import tree  # noqa: E402
 from jaxft.strategies.freeze import freeze  # noqa: E402
 
-MODELS = ("small-a", "small-zbl", "small-d", "small-mh-1", "small-embedding-readout")
+MODELS = ("small-d", "small-zbl", "small-mh-1", "small-embedding-readout")
 
 
 def required_grads(module, level):
@@ -50,7 +50,9 @@ def test_a_level_trains_what_torch_trains(name, tmp_path):
 def test_a_level_means_the_same_with_and_without_repulsion(tmp_path):
     """Where levels count modules, as in mace-freeze, the repulsion shifts them."""
     masks = []
-    for name in ("small-agnesi", "small-zbl"):
-        _, params = convert(reference.save(reference.build(name), tmp_path / f"{name}.model"))
-        masks.append([tree.flatten(freeze(level=level).trains(params)) for level in range(1, 8)])
+    for plain in (True, False):
+        module = reference.build("small-zbl", pair_repulsion=not plain)
+        assert hasattr(module, "pair_repulsion_fn") != plain
+        _, params = convert(reference.save(module, tmp_path / "random.model"))
+        masks.append([freeze(level=level).trains(params) for level in range(1, 8)])
     assert masks[0] == masks[1]
