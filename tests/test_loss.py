@@ -240,6 +240,8 @@ def test_the_weight_of_an_atom_is_that_of_its_force_alone(packed, frames, kind):
         for i in range(3)
     ]
     assert float(found["forces"]) == pytest.approx(float(2 * alone[0] + alone[2]) / 3, rel=1e-12)
+    assert float(sum(alone)) / 3 == pytest.approx(float(plain["forces"]), rel=1e-12)
+    assert float(found["forces"]) != pytest.approx(float(plain["forces"]), rel=1e-3)
     same({**found, "forces": 0.0}, {**plain, "forces": 0.0})
 
 
