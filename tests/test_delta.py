@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import tree
+from jaxft import testing, tree
 from jaxft.strategies import base, l2sp
 from jaxft.strategies.delta import delta, support_of
 
@@ -217,6 +217,17 @@ def test_only_the_support_moves_and_all_of_it(start, tuned, example):
     for path, leaf in tree.flatten(tuned).items():
         moved = np.asarray(leaf) != np.asarray(merged[path])
         assert (moved == tree.flatten(support)[path]).all(), path
+
+
+def test_a_refit_obeys_the_laws(start, tuned, example):
+    """Those of them that need no potential."""
+    recipe = (delta("linear/*", support=support_of(start, tuned)),)
+    testing.assert_identity_at_init(recipe, tuned, key=KEY)
+    testing.assert_keeps_structure(recipe, tuned, key=KEY)
+    testing.assert_projection_idempotent(recipe, tuned, key=KEY)
+    testing.assert_jit_agrees(recipe, tuned, example, key=KEY)
+    finetuned = jaxft.finetune(squares, recipe, optax.adamw(1e-2, weight_decay=0.1))
+    testing.assert_trains_lawfully(finetuned, jaxft.merge, recipe, tuned, example)
 
 
 def test_off_the_support_coordinates_have_no_effect_and_no_gradient(start, tuned, example):

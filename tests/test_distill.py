@@ -1,4 +1,4 @@
-"""A penalty on changed predictions; and the laws of its neighbours together."""
+"""A penalty on changed predictions."""
 
 import math
 from typing import NamedTuple
@@ -10,13 +10,10 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import testing
-from jaxft.graph import sum_atoms, sum_rows
-from jaxft.strategies import base, freeze
-from jaxft.strategies.delta import delta, support_of
+from jaxft import data, testing
+from jaxft.graph import Weights, sum_atoms, sum_rows
+from jaxft.strategies import base
 from jaxft.strategies.distill import distill
-from jaxft.strategies.rates import rates
-from jaxft.strategies.sparse import sparse
 
 KEY = jax.random.key(0)
 
@@ -38,6 +35,18 @@ def toy(params, graph):
     volume = graph.volume[:, None, None]
     stress = params["b"] * jnp.outer(params["c"][0], params["c"][1])[None] / volume
     return Said(sum_atoms(node, graph), forces, jnp.broadcast_to(stress, (len(volume), 3, 3)))
+
+
+@pytest.fixture(scope="module")
+def batch(structures, model):
+    """Molecules and crystals, all of them labelled with zeros, with padding."""
+    dataset = data.prepare([data.from_atoms(atoms) for atoms in structures], model)
+    (shape,) = data.shapes(dataset, len(structures))[-1:]
+    bigger = shape._replace(n_graph=shape.n_graph + 2)
+    found = data.pack(dataset, range(len(structures)), bigger, "float64")
+    graphs, atoms = (jnp.asarray(x, float) for x in (found.graph.is_graph, found.graph.is_atom))
+    assert graphs.sum() == len(graphs) - 3
+    return found._replace(weights=Weights(energy=graphs, forces=atoms, stress=graphs))
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +125,8 @@ def test_only_graphs_without_any_label_take_part_if_asked(start, near, half):
 
 
 def test_without_such_a_graph_the_penalty_and_its_gradient_are_zero(start, near, batch):
-    labelled = batch._replace(
-        weights=batch.weights._replace(forces=jnp.ones_like(batch.weights.forces))
-    )
     strategy = distill(toy, strength=1.0, stress=1.0, on="unlabelled")
-    found, slope = jax.value_and_grad(lambda p: value(strategy, start, p, labelled))(near)
+    found, slope = jax.value_and_grad(lambda p: value(strategy, start, p, batch))(near)
     assert found == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
 
@@ -195,39 +201,19 @@ def test_impossible_options_are_refused(options, message):
 # --- with a potential -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def together(params):
-    """Everything at once, on whichever leaves are left."""
-    changed = {**params, "readouts_0": jax.tree.map(lambda x: x + 1, params["readouts_0"])}
-    return (
-        delta("products_0/**"),
-        delta(support=support_of(params, changed), name="refit"),
-        sparse("readouts_1/**", per="leaf", also_train="products_*/linear/*"),
-        rates({"interactions_*/**": 0.1, "readouts_*/**": {"from": 1, "factor": 1}}),
-        freeze("node_embedding/**"),
-    )
+def test_there_is_no_pull_at_the_start_of_a_potential(model, params, batch):
+    @jax.jit
+    def energies(params, graph):
+        return Said(sum_atoms(model.node_energies(params, graph), graph), None, None)
+
+    strategy = distill(energies, strength=2.0, forces=0.0)
+    found, slope = jax.value_and_grad(lambda p: value(strategy, params, p, batch))(params)
+    assert found == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
 
 
-def test_delta_sparse_and_rates_together_obey_the_laws(together, predictor, params, batch):
-    testing.assert_lawful(together, predictor, params, batch)
-
-
-def test_delta_sparse_and_rates_together_train_lawfully(together, params):
-    def wavy(params, batch):
-        leaves = jax.tree.leaves(params)
-        return sum(jnp.sum(jnp.sin(leaf + i)) for i, leaf in enumerate(leaves)), {}
-
-    finetuned = jaxft.finetune(wavy, together, optax.adamw(1e-2, weight_decay=0.1))
-    testing.assert_trains_lawfully(finetuned, jaxft.merge, together, params, None, steps=2)
-
-
-def test_distill_has_no_pull_at_the_start_of_a_potential(predictor, params, batch):
-    """Bitwise, although differentiating the student computes it in another order."""
-    recipe = (distill(predictor, strength=2.0, stress=1.0),)
-    testing.assert_penalty_anchored(recipe, params, batch, key=KEY)
-
-
-def test_distill_obeys_the_other_laws_on_a_toy(start, batch):
+def test_a_penalty_on_predictions_obeys_the_laws(start, batch):
     recipe = (distill(toy, strength=2.0, stress=1.0),)
+    testing.assert_penalty_anchored(recipe, start, batch, key=KEY)
     testing.assert_order_free(recipe, start, batch, key=KEY)
     testing.assert_jit_agrees(recipe, start, batch, key=KEY)
