@@ -4,20 +4,28 @@ Units are eV, Å, eV/Å and eV/Å³ throughout; stress has ASE's sign (positive 
 """
 
 from jaxft.bundle import load, save
+from jaxft.citation import citation
 from jaxft.describe import describe
+from jaxft.evaluate.pseudolabel import pseudolabel
 from jaxft.fisher import fisher
+from jaxft.fisher import sampled as sampled_fisher
 from jaxft.potential import Potential, predict
 from jaxft.train import finetune, merge
+from jaxft.tree import interpolate
 from jaxft.version import __version__
 
 __all__ = [
     "Potential",
     "__version__",
+    "citation",
     "describe",
     "finetune",
     "fisher",
+    "interpolate",
     "load",
     "merge",
     "predict",
+    "pseudolabel",
+    "sampled_fisher",
     "save",
 ]

@@ -68,7 +68,9 @@ def save(path: str | Path, adapter: Adapter) -> Path:
         "heads": list(adapter.heads),
         "like": adapter.like,
         "recipe": [
-            entry.portable().model_dump(mode="json", by_alias=True, exclude_none=True)
+            entry.portable(_leaves(adapter.trainable.coords[entry.name])).model_dump(
+                mode="json", by_alias=True, exclude_none=True
+            )
             for entry in adapter.recipe
         ],
     }
@@ -175,6 +177,10 @@ def _short(error: Exception) -> str:
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
         )
     return f"{error!s:.300}" or type(error).__name__
+
+
+def _leaves(coords: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition("/")[0] for path in tree.flatten(coords)))
 
 
 def _present(params: Params) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class PlateauConfig(Strict):
 class OptimizerConfig(Strict):
     """See :mod:`jaxft.optimizer`."""
 
-    name: Literal["sgd", "adam", "amsgrad", "adamw", "schedule_free", "muon"] = "adam"
+    name: Literal["sgd", "momentum", "adam", "amsgrad", "adamw", "schedule_free", "muon"] = "adam"
     learning_rate: float = Field(1e-3, ge=0)
     schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
     warmup: int = Field(0, ge=0)
@@ -98,6 +98,9 @@ class OptimizerConfig(Strict):
     """Decoupled; of all that trains, or by pattern: {"coords/delta/**": 10.0}."""
     decay_towards: Literal["zero", "start"] = "zero"
     clip_norm: float | None = Field(10.0, gt=0)
+    b1: float | None = Field(None, ge=0, lt=1)
+    b2: float | None = Field(None, ge=0, lt=1)
+    eps: float | None = Field(None, gt=0)
     alternation: Literal["separate", "project", "sum"] = "separate"
     """What updates of the target and of one alternating source know of each other: nothing; or what
     contradicts the other's gradient is removed; or the second of a pair has the sum of both."""
@@ -192,6 +195,11 @@ class Config(Strict):
     @property
     def compute_dtype(self) -> Literal["float32", "float64"]:
         return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def period(self) -> int:
+        """Updates from one batch of the target to the next."""
+        return 1 + sum(entry.steps for entry in self.sources if entry.schedule == "alternate")
 
     @property
     def sources(self) -> list[Replay]:

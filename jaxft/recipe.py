@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxft import bundle, data, fisherfile
 from jaxft.data import Frame, Keys
@@ -69,8 +69,8 @@ class Entry(Strict):
         """The strategy; reads the files that it needs."""
         return STRATEGIES[self.strategy](**self.options(setting))
 
-    def portable(self) -> Entry:
-        """What an adapter needs of it: without files."""
+    def portable(self, leaves: list[str]) -> Entry:
+        """What an adapter needs of it: no files. ``leaves`` are those that own coordinates."""
         return self
 
 
@@ -173,8 +173,8 @@ class Delta(Entry):
             options["support"] = support_of(other, setting.params)
         return options
 
-    def portable(self) -> Entry:
-        return self.model_copy(update={"support": None})
+    def portable(self, leaves: list[str]) -> Entry:
+        return Delta(strategy="delta", where=leaves, name=self.name)
 
 
 class Sparse(Entry):
@@ -223,7 +223,7 @@ class Distill(Entry):
     energy: float = Field(1.0, ge=0)
     forces: float = Field(1.0, ge=0)
     stress: float = Field(0.0, ge=0)
-    on: Literal["all", "unlabelled"] = "all"
+    graphs: Literal["all", "unlabelled"] = "all"
     name: Name = "distill"
 
     def options(self, setting: Setting) -> dict[str, Any]:
@@ -258,7 +258,18 @@ class Replay(Entry):
     steps: int = Field(1, ge=1)
     weight: float = Field(1.0, ge=0)
     labels: Literal["given", "none"] = "given"
+    """``none``: the frames are structures only, for ``distill``."""
     name: Name = "replay"
+
+    @model_validator(mode="after")
+    def _has_labels_to_choose(self) -> Replay:
+        if self.strategy == "pseudolabel_replay" and "labels" in self.model_fields_set:
+            raise ValueError("pseudolabel_replay makes its own labels: remove `labels`")
+        if self.strategy == "multihead_replay" and self.head is None:
+            raise ValueError(
+                "multihead_replay needs the head of its frames: set `head`"
+            )
+        return self
 
     def options(self, setting: Setting) -> dict[str, Any]:
         return self._plain(setting) | {"frames": self.split(setting)[0]}

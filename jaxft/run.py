@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from ase.data import chemical_symbols
@@ -114,8 +114,17 @@ def objective(config: Config, model: Potential) -> LossFn:
 
 def citations(config: Config, recipe: Recipe) -> str:
     """BibTeX of exactly the methods that a run uses."""
+    return citation(recipe, also=_also_cited(config))
+
+
+def _also_cited(config: Config) -> tuple[str, ...]:
     chosen = config.optimizer
-    return citation(recipe, also=optimizer.cites(chosen.name, alternation=chosen.alternation))
+    return optimizer.cites(
+        chosen.name,
+        weight_decay=chosen.weight_decay,
+        decay_towards=chosen.decay_towards,
+        alternation=chosen.alternation,
+    )
 
 
 def estimate_fisher(
@@ -218,6 +227,10 @@ def _fit(config: Config, given: Inputs, display: Display, logger: Logger) -> Fit
         decay_towards=chosen.decay_towards,
         clip_norm=chosen.clip_norm,
         alternation=chosen.alternation,
+        period=max(config.period, 2),
+        b1=chosen.b1,
+        b2=chosen.b2,
+        eps=chosen.eps,
     )
     plateau = chosen.plateau
     settings = FitSettings(
@@ -327,8 +340,7 @@ def _report(
     row = model.head_index(config.head)
     present = {int(z) for frame in given.train.dataset.frames for z in frame.atomic_numbers}
     symbols = {chemical_symbols[z]: i for i, z in enumerate(model.atomic_numbers) if z in present}
-    chosen = config.optimizer
-    also = optimizer.cites(chosen.name, alternation=chosen.alternation)
+    chosen, check = config.e0s if isinstance(config.e0s, str) else "given", given.preflight
     report = Report(
         title=f"jaxft {output.name}",
         run=hashlib.sha256(configs.to_yaml(config).encode()).hexdigest()[:16],
@@ -337,17 +349,17 @@ def _report(
             "kept epoch": f"{fitted.best_epoch} of {len(fitted.history) - 1}",
             "training data": "; ".join(given.train.describe()),
         },
-        warnings=() if given.preflight is None else given.preflight.warnings,
+        warnings=[w for w in check.warnings if w.startswith(f"{chosen}:")] if check else (),
         tests=judged,
         history=fitted.history,
         best_epoch=fitted.best_epoch,
         trained=describe(given.recipe, given.params),
-        e0s={} if given.preflight is None else given.preflight.to_dict(),
+        e0s=check.to_dict() if check else {},
         e0s_used={
             symbol: {"model": float(base.e0s[row, i]), "now": float(model.e0s[row, i])}
             for symbol, i in symbols.items()
         },
-        works=works(given.recipe, also=also),
+        works=works(given.recipe, also=_also_cited(config)),
         settings=configs.to_yaml(config),
         environment={
             **environment(),
@@ -357,7 +369,7 @@ def _report(
         },
     )
     page = write_report(output / REPORT, report)
-    (output / CITATIONS).write_text(citation(given.recipe, also=also))
+    (output / CITATIONS).write_text(citations(config, given.recipe))
     console.print(f"wrote {page}; please cite the works in {output / CITATIONS}")
 
 

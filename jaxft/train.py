@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxft import tree
+from jaxft import optimizer, tree
 from jaxft.strategies import base
 from jaxft.strategies.base import Recipe
 from jaxft.typing import Array, LossFn, Params
@@ -81,8 +81,9 @@ def finetune(
       loss's own terms, ``penalty/<strategy>``, ``gradient_norm`` and ``is_finite``.
 
     Raises:
-      ValueError: two strategies share a name; from ``init``: whatever a strategy refuses, and a
-        recipe that leaves nothing to train.
+      ValueError: two strategies share a name; from ``init``: whatever a strategy refuses, a recipe
+        that leaves nothing to train, or a schedule-free optimiser with a strategy that acts after
+        the update.
     """
     recipe = tuple(recipe)
     base.check_names(recipe)
@@ -96,11 +97,13 @@ def finetune(
         coords, consts = base.init(recipe, key, params)
         moving, fixed = tree.partition(params, base.trains(recipe, params))
         trainable = Trainable(moving, tree.copy(coords))
+        opt_state = chain.init(trainable)
+        _check_averages(recipe, opt_state)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             trainable=trainable,
             frozen=Frozen(fixed, tree.copy(consts)),
-            opt_state=tree.copy(chain.init(trainable)),
+            opt_state=tree.copy(opt_state),
         )
 
     def total(trainable: Trainable, frozen: Frozen, batch: Any) -> tuple[Array, dict[str, Array]]:
@@ -141,6 +144,15 @@ def finetune(
         return TrainState(counter, trainable, state.frozen, opt_state), info
 
     return init, jax.jit(step, donate_argnums=0)
+
+
+def _check_averages(recipe: Recipe, opt_state: optax.OptState) -> None:
+    late = [strategy.name for strategy in recipe if strategy.acts_after_update]
+    if late and optimizer.is_averaging(opt_state):
+        raise ValueError(
+            f"{', '.join(map(repr, late))} changes updates or coordinates after the optimiser; a "
+            "schedule-free one does not see that, and its averages would drift:\nuse adamw."
+        )
 
 
 def merge(recipe: Recipe, state: TrainState) -> Params:

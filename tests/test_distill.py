@@ -119,13 +119,13 @@ def test_each_term_stands_alone(start, near, batch, term):
 
 def test_only_graphs_without_any_label_take_part_if_asked(start, near, half):
     batch, graphs = half
-    strategy = distill(toy, strength=1.0, stress=1.0, on="unlabelled")
+    strategy = distill(toy, strength=1.0, stress=1.0, graphs="unlabelled")
     wanted = sum(by_hand(start, near, batch, graphs))
     np.testing.assert_allclose(value(strategy, start, near, batch), wanted, rtol=ROUNDING)
 
 
 def test_without_such_a_graph_the_penalty_and_its_gradient_are_zero(start, near, batch):
-    strategy = distill(toy, strength=1.0, stress=1.0, on="unlabelled")
+    strategy = distill(toy, strength=1.0, stress=1.0, graphs="unlabelled")
     found, slope = jax.value_and_grad(lambda p: value(strategy, start, p, batch))(near)
     assert found == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
@@ -190,7 +190,7 @@ def test_strength_0_is_plain_fine_tuning_bitwise(start, batch):
         ({"strength": math.inf}, "pulls nowhere"),
         ({"strength": 1.0, "forces": -1.0}, r"distill\(forces=-1.0\) compares nothing"),
         ({"strength": 1.0, "energy": 0.0, "forces": 0.0}, "compares nothing"),
-        ({"strength": 1.0, "on": "labelled"}, "use 'all' or 'unlabelled'"),
+        ({"strength": 1.0, "graphs": "labelled"}, "use 'all' or 'unlabelled'"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

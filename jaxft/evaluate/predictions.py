@@ -5,6 +5,7 @@ Isolated-atom energies are added here, on the host and in float64.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from jaxft.bundle import refuse_existing, require_dtype
 from jaxft.data import Dataset, Frame, Shape, pack, prepare, read_atoms, unlabelled
-from jaxft.potential import Potential, predict
+from jaxft.graph import Graph
+from jaxft.potential import E0_BUFFER, Potential, Prediction, predict
 from jaxft.typing import Array, Params
 
 GRID = 1.25
@@ -40,9 +42,27 @@ class FrameResult:
     """[3, 3] eV/Å³, ASE sign; None unless the frame is periodic in three directions."""
 
 
+class _Alike:
+    """A potential as a key: those that differ in their isolated-atom energies alone, which are
+    added on the host, share compiled programs."""
+
+    def __init__(self, model: Potential) -> None:
+        self.model = model
+        arrays = tuple((k, id(v)) for k, v in sorted(model.buffers.items()) if k != E0_BUFFER)
+        self._key = (id(model.config), arrays)  # `model` keeps them alive
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and self._key == other._key
+
+
 # One jit for everything that predicts: predictions before and after training, of several files or
 # by several calculators, share the compiled programs of a potential.
-_predict = jax.jit(predict, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(alike: _Alike, params: Params, graph: Graph) -> Prediction:
+    return predict(alike.model, params, graph)
 
 
 def predict_batch(
@@ -71,7 +91,7 @@ def predict_batch(
     spare = max((num_elements or 0) - len(dataset.elements), 0)
     elements = np.pad(dataset.elements, (0, spare), mode="edge")
     graph = graph._replace(elements=jnp.asarray(elements))
-    prediction = jax.device_get(_predict(model, params, graph))
+    prediction = jax.device_get(_predict(_Alike(model), params, graph))
     results = []
     start = 0
     for g, index in enumerate(chosen):

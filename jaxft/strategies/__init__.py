@@ -8,7 +8,7 @@ from jaxft.strategies.distill import distill
 from jaxft.strategies.dora import dora
 from jaxft.strategies.elora import elora
 from jaxft.strategies.ewc import Fisher, ewc
-from jaxft.strategies.freeze import freeze
+from jaxft.strategies.freeze import GROUPS, freeze, groups
 from jaxft.strategies.l2sp import l2sp
 from jaxft.strategies.lora import lora, lora_torch
 from jaxft.strategies.rates import rates
@@ -34,6 +34,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 """What a config may name."""
 
 __all__ = [
+    "GROUPS",
     "STRATEGIES",
     "Fisher",
     "Recipe",
@@ -44,6 +45,7 @@ __all__ = [
     "elora",
     "ewc",
     "freeze",
+    "groups",
     "l2sp",
     "lora",
     "lora_torch",

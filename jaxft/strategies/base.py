@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -42,6 +42,9 @@ def _stays(coords: Coords, consts: Consts) -> Coords:
     return coords
 
 
+_IDENTITY = optax.identity()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
     """One idea of fine-tuning."""
@@ -58,7 +61,7 @@ class Strategy:
     """``effective params, consts, batch -> scalar``, added to the loss."""
     project: Callable[[Coords, Consts], Coords] = _stays
     """``coords, consts -> coords``, after the update."""
-    tx: optax.GradientTransformation = field(default_factory=optax.identity)
+    tx: optax.GradientTransformation = _IDENTITY
     """Acts on the updates, after the optimiser."""
     sources: tuple[Source, ...] = ()
     """Extra data."""
@@ -70,6 +73,11 @@ class Strategy:
     @property
     def has_penalty(self) -> bool:
         return self.penalty is not _free
+
+    @property
+    def acts_after_update(self) -> bool:
+        """Whether it changes what the optimiser decided."""
+        return self.tx is not _IDENTITY or self.project is not _stays
 
 
 Recipe = Sequence[Strategy]

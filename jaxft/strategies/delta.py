@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,24 +80,23 @@ def delta(
 
     def apply(params: Params, coords: Coords, consts: Consts) -> Params:
         flat = dict(tree.flatten(params))
-        for key, value in tree.flatten(project(coords, consts)).items():
+        kept = coords if support is None else project(coords, consts)
+        for key, value in tree.flatten(kept).items():
             path = key.removesuffix("/delta")
             flat[path] = flat[path] + value
         return tree.unflatten(flat)
 
     def project(coords: Coords, consts: Consts) -> Coords:
-        if support is None:
-            return coords
         return jax.tree.map(lambda value, ones: jnp.where(ones, value, -0.0), coords, consts)
 
-    return Strategy(
+    plain = Strategy(
         name=name,
         trains=trains,
         init=init,
         apply=apply,
-        project=project,
         cites=("grandel2026equitrain", "li2018l2sp"),
     )
+    return plain if support is None else replace(plain, project=project)
 
 
 def support_of(base: Params, tuned: Params) -> Params:

@@ -37,7 +37,7 @@ def distill(
     energy: float = 1.0,
     forces: float = 1.0,
     stress: float = 0.0,
-    on: Literal["all", "unlabelled"] = "all",
+    graphs: Literal["all", "unlabelled"] = "all",
     name: str = "distill",
 ) -> Strategy:
     r"""Functional regularisation: a penalty on changed predictions instead of changed parameters.
@@ -47,7 +47,7 @@ def distill(
 
     Δ is the difference between the effective parameters and those that training starts from, on the
     batch's own structures. Means run over graphs, force components, and stress components of
-    periodic graphs; padding is in none. With ``on="unlabelled"`` only structures without any label
+    periodic graphs; padding is in none. With ``graphs="unlabelled"`` only structures without any label
     take part: frames that are there to be remembered, which then need neither labels nor a head.
 
     At the start the penalty and its gradient are 0, in float32 to rounding. A step takes about
@@ -60,25 +60,25 @@ def distill(
       energy: w_E, (eV/atom)⁻².
       forces: w_F, (eV/Å)⁻².
       stress: w_S, (eV/Å³)⁻².
-      on: which structures of a batch.
+      graphs: which structures of a batch.
       name: of the strategy.
 
     Returns:
       A strategy that trains everything and owns no coordinates.
 
     Raises:
-      ValueError: a weight is negative or not finite, all three are 0, or ``on`` is unknown.
+      ValueError: a weight is negative or not finite, all three are 0, or ``graphs`` is unknown.
 
     Example:
       >>> def predict(params, graph):
       ...     return jaxft.predict(model, params, graph)
-      >>> recipe = (distill(predict, strength=10.0, on="unlabelled"),)
+      >>> recipe = (distill(predict, strength=10.0, graphs="unlabelled"),)
 
     Reference: Li and Hoiem, ECCV 2016, arXiv:1606.09282 (learning without forgetting), with
     squared differences of energies and forces.
     """
     check_strength(strength, "distill")
-    _check(energy, forces, stress, on)
+    _check(energy, forces, stress, graphs)
 
     def init(key: Array, params: Params) -> tuple[Coords, Consts]:
         return {}, {"anchor": params}
@@ -89,19 +89,21 @@ def distill(
         graph = batch.graph
         student = predict(params, graph)
         teacher = jax.lax.stop_gradient(predict(consts["anchor"], graph))
-        graphs = graph.is_graph if on == "all" else graph.is_graph & _is_unlabelled(batch)
-        atoms = graphs[graph.graph_index]  # padding atoms belong to a padding graph
+        chosen = graph.is_graph
+        if graphs == "unlabelled":
+            chosen = chosen & _is_unlabelled(batch)
+        atoms = chosen[graph.graph_index]  # padding atoms belong to a padding graph
         total = jnp.zeros((), student.energy.dtype)
         if energy:
             change = (student.energy - teacher.energy) / batch.n_atoms
-            total += energy * _mean(change**2, graphs)
+            total += energy * _mean(change**2, chosen)
         if forces:
             change = student.forces - teacher.forces
             total += forces * _mean(jnp.mean(change**2, axis=-1), atoms)
         if stress:
             change = student.stress - teacher.stress
             # a graph that is not periodic has volume 1 by convention, and no stress
-            periodic = graphs & (graph.volume != 1)
+            periodic = chosen & (graph.volume != 1)
             total += stress * _mean(jnp.mean(change**2, axis=(-2, -1)), periodic)
         return strength * total
 
@@ -120,11 +122,11 @@ def _mean(values: Array, chosen: Array) -> Array:
     return jnp.sum(jnp.where(chosen, values, 0)) / count
 
 
-def _check(energy: float, forces: float, stress: float, on: Any) -> None:
+def _check(energy: float, forces: float, stress: float, graphs: Any) -> None:
     weights = {"energy": energy, "forces": forces, "stress": stress}
     wrong = {key: value for key, value in weights.items() if not 0 <= value < float("inf")}
     if wrong or not any(weights.values()):
         given = ", ".join(f"{key}={value}" for key, value in (wrong or weights).items())
         raise ValueError(f"distill({given}) compares nothing; use finite weights >= 0, one > 0.")
-    if on not in ("all", "unlabelled"):
-        raise ValueError(f"distill(on={on!r}) is unknown; use 'all' or 'unlabelled'.")
+    if graphs not in ("all", "unlabelled"):
+        raise ValueError(f"distill(graphs={graphs!r}) is unknown; use 'all' or 'unlabelled'.")
