@@ -151,7 +151,7 @@ def sparsity(coords: Coords) -> Sparsity:
     scores = {key: s for key, s in tree.flatten(coords).items() if key.endswith("/score")}
     return Sparsity(
         total=1.0 - sum(int(mask.sum()) for mask in kept.values()) / numbers,
-        leaves={path: 1.0 - float(mask.mean()) for path, mask in kept.items()},
+        leaves={path: 1.0 - int(mask.sum()) / mask.size for path, mask in kept.items()},
         thresholds={
             key.removesuffix("/score"): float(jax.nn.sigmoid(s)) for key, s in scores.items()
         },
