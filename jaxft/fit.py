@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from jaxft.graph import Batch
 from jaxft.logs import Csv, JsonLines, Logger, Logs
 from jaxft.optimizer import Plateau
 from jaxft.potential import Potential
+from jaxft.progress import Moving, Progress, Run, fingerprint, fingerprint_of_frames, resumed
 from jaxft.strategies.base import Recipe
 from jaxft.train import StepFn, Trainable, TrainState, finetune, merge
 from jaxft.typing import Array, LossFn, Params
@@ -150,11 +149,11 @@ def fit(
     display = display or Display()
     mixture = train if isinstance(train, Mixture) else data.alone(train, settings.batch_size)
     feed = Feed(mixture, valid, watch or {})
-    _check_metric(settings, feed)
+    check_metric(settings.metric, feed.watch)
     init, step = finetune(loss_fn, recipe, tx, accumulate=settings.accumulate)
     state = init(jax.random.key(settings.seed), params)
-    start = _Moving(state, tree.copy(state.trainable), jnp.ones((), bool))
-    run = _Run(start, tree.copy(state.trainable), _Progress())
+    start = Moving(state, tree.copy(state.trainable), jnp.ones((), bool))
+    run = Run(start, tree.copy(state.trainable), Progress())
     checkpoints = Checkpoints(
         directory / "checkpoints",
         {
@@ -170,7 +169,7 @@ def fit(
         keep=settings.keep_checkpoints,
     )
     if checkpoints.latest is not None:
-        run = _resumed(run, checkpoints)
+        run = resumed(run, checkpoints)
         display.say(f"resuming after epoch {run.progress.epoch}")
     files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
     logs = Logs([*files, *([logger] if logger else [])])
@@ -209,67 +208,18 @@ def fit(
     return FitResult(best, run.progress.best_epoch, list(run.progress.history), run.best)
 
 
-def _check_metric(settings: FitSettings, feed: Feed) -> None:
-    name = settings.metric.rpartition("/")[0]
-    if name and name not in feed.watch:
-        known = ", ".join(map(repr, feed.watch)) or "none"
+def check_metric(metric: str, watched: Iterable[str]) -> None:
+    """Raises ValueError if a metric is of a set that is not watched."""
+    name, known = metric.rpartition("/")[0], list(watched)
+    if name and name not in known:
         raise ValueError(
-            f"metric {settings.metric!r} is of a set that is not watched (watched: {known});\n"
+            f"metric {metric!r} is of a set that is not watched (watched: "
+            f"{', '.join(map(repr, known)) or 'none'});\n"
             "use loss, energy, forces or stress of the validation set, or name a watched set."
         )
 
 
-class _Progress(NamedTuple):
-    """Where a run stands: after ``epoch``, and ``batch`` updates into the next. Plain numbers."""
-
-    epoch: int = -1
-    batch: int = 0
-    losses: tuple[float, ...] = ()
-    """Of the updates of the unfinished epoch."""
-    best_epoch: int = 0
-    best: float = math.inf
-    history: tuple[dict[str, float], ...] = ()
-    plateau: dict[str, Any] | None = None
-
-    def is_done(self, patience: int | None) -> bool:
-        return patience is not None and self.epoch - self.best_epoch >= patience
-
-
-class _Moving(NamedTuple):
-    """What an update changes, on the device."""
-
-    state: TrainState
-    ema: Trainable
-    is_sound: Array
-    """[] bool; False since an update that was not finite: nothing moves any more."""
-
-
-class _Run(NamedTuple):
-    moving: _Moving
-    best: Trainable
-    progress: _Progress
-
-    def arrays(self) -> dict[str, Any]:
-        """What a checkpoint holds; frozen leaves come from the model again."""
-        state = self.moving.state
-        moving = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
-        return {"state": moving, "ema": self.moving.ema, "best": self.best}
-
-    def save(self, checkpoints: Checkpoints) -> None:
-        step = int(self.moving.state.step)
-        if checkpoints.latest != step:
-            checkpoints.save(step, self.arrays(), self.progress._asdict())
-
-
-def _resumed(run: _Run, checkpoints: Checkpoints) -> _Run:
-    arrays, record = checkpoints.restore(run.arrays())
-    state = run.moving.state._replace(**arrays["state"])
-    sequences = {name: tuple(record[name]) for name in ("losses", "history")}
-    progress = _Progress(**record | sequences)
-    return _Run(_Moving(state, arrays["ema"], run.moving.is_sound), arrays["best"], progress)
-
-
-AdvanceFn = Callable[[_Moving, Batch], tuple[_Moving, dict[str, Array]]]
+AdvanceFn = Callable[[Moving, Batch], tuple[Moving, dict[str, Array]]]
 
 
 def _advance(step: StepFn, settings: FitSettings) -> AdvanceFn:
@@ -279,7 +229,7 @@ def _advance(step: StepFn, settings: FitSettings) -> AdvanceFn:
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def advance(moving: _Moving, batch: Batch) -> tuple[_Moving, dict[str, Array]]:
+    def advance(moving: Moving, batch: Batch) -> tuple[Moving, dict[str, Array]]:
         before = moving.state
         after, info = step(before, batch)
         is_sound = moving.is_sound & info["is_finite"]
@@ -298,7 +248,7 @@ def _advance(step: StepFn, settings: FitSettings) -> AdvanceFn:
                 lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), moving.ema, trainable
             )
         seen = {name: info[name] for name in ("loss", "gradient_norm")}
-        return _Moving(state, ema, is_sound), {**seen, "is_sound": is_sound}
+        return Moving(state, ema, is_sound), {**seen, "is_sound": is_sound}
 
     return advance
 
@@ -313,12 +263,12 @@ class _Loop(NamedTuple):
     validate: Callable[[Params], dict[str, float]]
     checkpoints: Checkpoints
 
-    def judged(self, run: _Run) -> Params:
+    def judged(self, run: Run) -> Params:
         """The parameters to judge and to keep: averages, where there are any."""
         state = run.moving.state
         return merge(self.recipe, state._replace(trainable=_averages(run, self.settings)))
 
-    def updates(self, run: _Run) -> Iterator[Batch]:
+    def updates(self, run: Run) -> Iterator[Batch]:
         """The rest of the batches of an epoch; stacked, where an update takes several."""
         settings, train = self.settings, self.feed.train
         number, start = run.progress.epoch + 1, run.progress.batch
@@ -339,13 +289,13 @@ class _Loop(NamedTuple):
         return -(-self.feed.train.num_batches // self.settings.accumulate)
 
 
-def _averages(run: _Run, settings: FitSettings) -> Trainable:
+def _averages(run: Run, settings: FitSettings) -> Trainable:
     if settings.ema_decay is not None:
         return run.moving.ema
     return optimizer.evaluated(run.moving.state.opt_state, run.moving.state.trainable)
 
 
-def _epoch(run: _Run, loop: _Loop, display: Display) -> _Run:
+def _epoch(run: Run, loop: _Loop, display: Display) -> Run:
     """The rest of one pass over the training frames; its losses stay in the progress."""
     settings, number = loop.settings, run.progress.epoch + 1
     total = loop.num_updates() - run.progress.batch
@@ -363,7 +313,7 @@ def _epoch(run: _Run, loop: _Loop, display: Display) -> _Run:
     return _looked_at(run, loop, pending)
 
 
-def _looked_at(run: _Run, loop: _Loop, pending: list[tuple[np.ndarray, dict[str, Array]]]) -> _Run:
+def _looked_at(run: Run, loop: _Loop, pending: list[tuple[np.ndarray, dict[str, Array]]]) -> Run:
     """The run with the losses of the last updates, which were all finite."""
     infos = jax.device_get([info for _, info in pending])
     sound = list(itertools.takewhile(lambda info: info["is_sound"], infos))
@@ -376,7 +326,7 @@ def _looked_at(run: _Run, loop: _Loop, pending: list[tuple[np.ndarray, dict[str,
     return run
 
 
-def _not_finite(run: _Run, train: Mixture, frames: np.ndarray, info: Mapping[str, Any]) -> str:
+def _not_finite(run: Run, train: Mixture, frames: np.ndarray, info: Mapping[str, Any]) -> str:
     names = "\n  ".join(train.dataset.frames[i].source for i in np.ravel(frames) if i >= 0)
     return (
         f"loss {float(info['loss'])} and gradient norm {float(info['gradient_norm'])} are not "
@@ -387,8 +337,8 @@ def _not_finite(run: _Run, train: Mixture, frames: np.ndarray, info: Mapping[str
 
 
 def _recorded(
-    run: _Run, row: dict[str, float], settings: FitSettings
-) -> tuple[_Run, dict[str, float]]:
+    run: Run, row: dict[str, float], settings: FitSettings
+) -> tuple[Run, dict[str, float]]:
     """The run with one more epoch in its history, and the best parameters renewed."""
     progress, moving = run.progress, run.moving
     number = progress.epoch + 1
@@ -400,7 +350,7 @@ def _recorded(
         plateau = (Plateau(**progress.plateau) if progress.plateau else plateau).update(value)
         opt_state = optimizer.set_factor(moving.state.opt_state, plateau.scale)
         moving = moving._replace(state=moving.state._replace(opt_state=opt_state))
-    progress = _Progress(
+    progress = Progress(
         epoch=number,
         best_epoch=number if is_best else progress.best_epoch,
         best=value if is_best else progress.best,
@@ -408,22 +358,4 @@ def _recorded(
         plateau=asdict(plateau) if plateau is not None and number > 0 else progress.plateau,
     )
     best = tree.copy(_averages(run, settings)) if is_best else run.best
-    return _Run(moving, best, progress), row
-
-
-def fingerprint_of_frames(dataset: Dataset) -> str:
-    """Number and hash of the frames: edges, elements, labels, weights, heads and features."""
-    digest = hashlib.sha256(dataset.elements.tobytes())
-    for sample in dataset.samples:
-        for value in jax.tree.leaves(tuple(sample), is_leaf=lambda x: x is None):
-            digest.update(b"-" if value is None else np.ascontiguousarray(value).tobytes())
-    return f"{len(dataset)} frames {digest.hexdigest()[:16]}"
-
-
-def fingerprint(params: Params) -> str:
-    """Hash of names and numbers of a parameter tree."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(tree.flatten(params).items()):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+    return Run(moving, best, progress), row

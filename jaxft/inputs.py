@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from ase.data import atomic_numbers, chemical_symbols
@@ -16,10 +16,10 @@ from jaxft.config import Config
 from jaxft.data import Dataset, Frame, Keys, Mixture
 from jaxft.describe import describe
 from jaxft.evaluate.pseudolabel import pseudolabel, resolve
+from jaxft.fit import check_metric
 from jaxft.potential import Potential
 from jaxft.preflight import Preflight, preflight
 from jaxft.recipe import Replay, Setting
-from jaxft.source import Source
 from jaxft.strategies import Recipe, Strategy, base
 from jaxft.strategies.ewc import digest
 from jaxft.typing import Params
@@ -103,13 +103,17 @@ def read(config: Config, console: Console) -> Inputs:
     for name, frames in tests.items():
         data.require_any_label(frames, keys=names)
         begin.base.head_index(_test_head(config, name))
-    check = _preflight(config, begin, train)
+    setting = _setting(config, begin, begin.base, fitted[0])
+    strategies, watched = _recipe(config, setting)
+    _check_sources(config, setting, strategies)
+    check_metric(config.metric, watched)
+    console.print(describe(strategies, begin.params).splitlines()[-1], highlight=False)
+    console.print(_coverage({"train": fitted[0], "valid": fitted[1], **watched, **tests}))
+    check = _preflight(config, begin, train)  # the first to compile anything
     e0s = _e0s(config, train, valid, check)
     model = surgery.set_e0s(begin.base, e0s, head=config.head) if e0s else begin.base
-    setting = _setting(config, begin, model, fitted[0])
-    strategies, watched = _recipe(config, setting)
-    console.print(describe(strategies, begin.params).splitlines()[-1], highlight=False)
-    sources = _sources(config, setting, strategies, bool(e0s))
+    setting = replace(setting, model=model)
+    sources = resolve(base.sources(strategies), model, begin.params, _own_head(config, model))
     mixture = data.mixture(
         fitted[0],
         model,
@@ -118,7 +122,6 @@ def read(config: Config, console: Console) -> Inputs:
         size=config.batch_size,
         cache=config.cache,
     )
-    console.print(_coverage({"train": fitted[0], "valid": fitted[1], **watched, **tests}))
     for line in mixture.describe():
         console.print(line, highlight=False)
     if check is not None:
@@ -189,26 +192,26 @@ def _recipe(
     return tuple(strategies), watched
 
 
-def _sources(
-    config: Config, setting: Setting, strategies: Recipe, has_new_e0s: bool
-) -> tuple[Source, ...]:
-    """The recipe's sources, with the labels that the starting model makes."""
-    sources = base.sources(strategies)
-    own = setting.model.heads[setting.model.head_index(config.head)]
-    wanted = config.loss.labels
-    for source in sources:
+def _own_head(config: Config, model: Potential) -> str:
+    return model.heads[model.head_index(config.head)]
+
+
+def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None:
+    """Heads, elements, labels and levels of theory of what strategies bring."""
+    own, wanted = _own_head(config, setting.model), config.loss.labels
+    for source in base.sources(strategies):
         setting.model.head_index(source.head or own)
         data.check_elements(source.frames, setting.model.atomic_numbers)
-        is_given = source.labels == "given"
-        if is_given and not any(data.has_label(f, w) for f in source.frames for w in wanted):
+        if source.labels != "given":
+            continue
+        if not any(data.has_label(f, w) for f in source.frames for w in wanted):
             data.require_labels(source.frames, wanted, keys=setting.keys)
-        if is_given and has_new_e0s and (source.head or own) == own:
+        if config.e0s != "foundation" and (source.head or own) == own:
             raise ValueError(
                 f"{source.name!r} replays labels on head {own!r}, whose isolated-atom energies are "
-                f"changed (e0s: {config.e0s}), so they would be of two levels of theory;\n"
+                f"to be changed (e0s: {config.e0s}), so they would be of two levels of theory;\n"
                 "use multihead_replay with add_head, pseudolabel_replay, or e0s: foundation."
             )
-    return resolve(sources, setting.model, setting.params, own)
 
 
 def _watched(

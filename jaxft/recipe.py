@@ -266,9 +266,7 @@ class Replay(Entry):
         if self.strategy == "pseudolabel_replay" and "labels" in self.model_fields_set:
             raise ValueError("pseudolabel_replay makes its own labels: remove `labels`")
         if self.strategy == "multihead_replay" and self.head is None:
-            raise ValueError(
-                "multihead_replay needs the head of its frames: set `head`"
-            )
+            raise ValueError("multihead_replay needs the head of its frames: set `head`")
         return self
 
     def options(self, setting: Setting) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def test_frames_that_cannot_be_used_stop_the_run_before_it_starts(
         ({"e0s": dict.fromkeys(["H", "C", "O", "Na", "Cl", "U"], -1.0)}, ["for U", "H C O"]),
         ({"recipe": [{"strategy": "freeze", "where": "**"}]}, ["leaves nothing to train"]),
         ({"loss": {"energy": 0, "forces": 0}}, ["loss", "no weight"]),
-        ({"optimizer": {"weight_decay": 0.1}}, ["weight_decay", "adamw"]),
+        ({"optimizer": {"weight_decay": -0.1}}, ["weight_decay", "negative"]),
         ({"optimizer": {"learning_rate": float("inf")}}, ["learning_rate", "finite"]),
         ({"seed": 10**20}, ["seed", "less than"]),
         ({"output": "run [x]"}, ["output", "* ? [ ]"]),

@@ -21,6 +21,7 @@ LAYERS = {
     3: ["potential", "loss", "fisher", "fisherfile", "calibration", "surgery", "testing"],
     4: [
         "train",
+        "progress",
         "validation",
         "evaluate",
         "bundle",
@@ -41,7 +42,10 @@ LAYERS = {
         "config",
         "recipe",
         "inputs",
+        "objective",
+        "fisherrun",
         "run",
+        "outcome",
         "adapter",
         "presets",
         "inspection",

@@ -15,6 +15,7 @@ from rich.console import Console
 import jaxft
 from converters.to_jax import convert
 from jaxft import Potential, adapter, config, presets, run, surgery, tree
+from jaxft.fisherrun import estimate_fisher
 from jaxft.typing import Params
 
 DATA = Path(__file__).parents[1] / "benchmarks" / "data"
@@ -84,7 +85,7 @@ def load(name: str, folder: Path, output: Path, **changes: str) -> config.Config
 @pytest.fixture(scope="module")
 def fisher(folder: Path) -> None:
     settings = load("ewc", folder, folder / "unused")
-    run.estimate_fisher(
+    estimate_fisher(
         settings,
         [folder / "replay.xyz"],
         folder / "base.fisher",

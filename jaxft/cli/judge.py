@@ -73,3 +73,51 @@ def evaluate_errors(
         print(json.dumps(table.to_dict(), indent=1))
     else:
         console.print(table.render())
+
+
+@evaluate_app.command("interpolation")
+@command
+def evaluate_interpolation(
+    base: Path,
+    tuned: Path,
+    target: Annotated[list[Path], typer.Option(help="Data that TUNED was made for; repeatable.")],
+    pretraining: Annotated[
+        list[Path], typer.Option(help="Data at the level of theory of BASE; repeatable.")
+    ],
+    steps: Annotated[int, typer.Option(min=2, help="Models from BASE to TUNED.")] = 6,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: that of TUNED.")] = None,
+    head: Head = None,
+    energy_key: str = "REF_energy",
+    forces_key: str = "REF_forces",
+    stress_key: str = "REF_stress",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Errors of BASE + a (TUNED - BASE): what can be had between learning and forgetting."""
+    import numpy as np
+
+    from jaxft import bundle as bundles
+    from jaxft import data
+    from jaxft.evaluate.pareto import render, sweep, to_dict
+
+    keys = data.Keys(energy_key, forces_key, stress_key)
+    frames = [
+        data.without_isolated_atoms(data.read(files, keys=keys)) for files in (target, pretraining)
+    ]
+    for found in frames:
+        data.require_any_label(found, keys=keys)
+    model, after = load(tuned, dtype, head)
+    own, before = bundles.load(base, dtype=bundles.stored_dtype(after))
+    points = sweep(
+        model,
+        before,
+        after,
+        {"target": (frames[0], model), "pretraining": (frames[1], own)},
+        [float(a) for a in np.linspace(0, 1, steps)],
+        head=head,
+        batch_size=batch_size,
+    )
+    if as_json:
+        print(json.dumps(to_dict(points), indent=1))
+    else:
+        console.print(render(points))

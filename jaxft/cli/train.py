@@ -98,9 +98,9 @@ def fisher(
 ) -> None:
     """The Fisher information of CONFIG's loss on DATA, with pretraining labels, for ewc."""
     settings = _settings(config, None)
-    from jaxft import run
+    from jaxft.fisherrun import estimate_fisher
 
-    run.estimate_fisher(
+    estimate_fisher(
         settings,
         files,
         output,
@@ -157,9 +157,9 @@ def diff(base: Path, tuned: Path, as_json: Json = False) -> None:
 def cite(config: Path, overrides: Overrides = None) -> None:
     """BibTeX of exactly the methods that CONFIG uses."""
     settings = _settings(config, overrides)
-    from jaxft import inputs, run
+    from jaxft import inputs, outcome
 
-    print(run.citations(settings, inputs.recipe(settings)[0]), end="")
+    print(outcome.citations(settings, inputs.recipe(settings)[0]), end="")
 
 
 @app.command()

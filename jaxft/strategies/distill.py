@@ -47,8 +47,8 @@ def distill(
 
     Δ is the difference between the effective parameters and those that training starts from, on the
     batch's own structures. Means run over graphs, force components, and stress components of
-    periodic graphs; padding is in none. With ``graphs="unlabelled"`` only structures without any label
-    take part: frames that are there to be remembered, which then need neither labels nor a head.
+    periodic graphs; padding is in none. With ``graphs="unlabelled"`` only structures without any
+    label take part: frames to be remembered, which then need neither labels nor a head.
 
     At the start the penalty and its gradient are 0, in float32 to rounding. A step takes about
     twice the arithmetic: the teacher's energies and forces, which are not differentiated, and a
