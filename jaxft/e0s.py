@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from ase.data import chemical_symbols
 
-from jaxft.data import Frame
+from jaxft.data import Frame, has_label
 from jaxft.evaluate.predictions import predict_frames
 from jaxft.potential import Potential
 from jaxft.typing import Params
@@ -53,6 +53,8 @@ class Energies(NamedTuple):
     """[B, S] atoms of each element."""
     total: np.ndarray
     """[B] eV."""
+    weights: np.ndarray | None = None
+    """[B], of the energies in a loss; None is 1 each. Weight 2 is the frame twice."""
 
     @property
     def atoms(self) -> np.ndarray:
@@ -81,7 +83,8 @@ def estimate(
 
     Args:
       model, params: what will be fine-tuned.
-      frames: with energies; the others are left out.
+      frames: with energies; the others are left out. Their weights count, and weight 2 is the
+        frame twice; mace-torch ignores them.
       head: of the model; not needed with one head.
       weighting: ``total``: w = 1, as in mace-torch, large frames count most; ``per_atom``:
         w = 1/atoms², errors per atom count alike, as they do in a loss.
@@ -172,12 +175,12 @@ def explain(found: Estimate) -> str:
 
 
 def with_energy(frames: Iterable[Frame]) -> list[Frame]:
-    """The frames that have an energy.
+    """The frames that have an energy of any weight.
 
     Raises:
       ValueError: none has.
     """
-    found = [frame for frame in frames if frame.energy is not None]
+    found = [frame for frame in frames if has_label(frame, "energy")]
     if not found:
         raise ValueError("E0s cannot be estimated: no frame has an energy; give them as numbers.")
     return found
@@ -187,7 +190,17 @@ def energies_of(frames: Sequence[Frame]) -> Energies:
     """Labels and compositions of frames that all have an energy."""
     elements = tuple(sorted({int(z) for frame in frames for z in frame.atomic_numbers}))
     counts = np.array([[(f.atomic_numbers == z).sum() for z in elements] for f in frames], float)
-    return Energies(elements, counts, np.array([frame.energy for frame in frames], np.float64))
+    return Energies(
+        elements,
+        counts,
+        np.array([frame.energy for frame in frames], np.float64),
+        np.array([frame.weight * frame.energy_weight for frame in frames]),
+    )
+
+
+def mean(values: np.ndarray, given: Energies) -> float:
+    """Of a value per frame, by weight."""
+    return float(np.average(values, weights=given.weights))
 
 
 def own_e0s(model: Potential, head: str | None) -> dict[int, float]:
@@ -202,10 +215,11 @@ def _fit(
     """(change, rank, RMS per atom of what is left), of smallest norm."""
     if weighting not in ("total", "per_atom"):
         raise ValueError(f"weighting={weighting!r} is unknown; use 'total' or 'per_atom'.")
-    scale = given.atoms if weighting == "per_atom" else np.ones(len(target))
-    change, _, rank, _ = np.linalg.lstsq(given.counts / scale[:, None], target / scale, rcond=None)
+    scale = np.ones(len(target)) if given.weights is None else np.sqrt(given.weights)
+    scale = scale / given.atoms if weighting == "per_atom" else scale
+    change, _, rank, _ = np.linalg.lstsq(given.counts * scale[:, None], target * scale, rcond=None)
     left = (target - given.counts @ change) / given.atoms
-    return change, int(rank), float(np.sqrt(np.mean(left**2)))
+    return change, int(rank), float(np.sqrt(mean(left**2, given)))
 
 
 def undetermined(elements: Sequence[int], counts: np.ndarray) -> tuple[Undetermined, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -330,7 +331,7 @@ def _not_finite(run: Run, train: Mixture, frames: np.ndarray, info: Mapping[str,
     names = "\n  ".join(train.dataset.frames[i].source for i in np.ravel(frames) if i >= 0)
     return (
         f"loss {float(info['loss'])} and gradient norm {float(info['gradient_norm'])} are not "
-        f"finite in epoch {run.progress.epoch + 1}, update {run.progress.batch}, after "
+        f"finite in epoch {run.progress.epoch + 1}, update {run.progress.batch + 1}, after "
         f"{int(run.moving.state.step)} updates in all, for the frames\n  {names}\n"
         "The state before it is saved. Check these frames, or lower the learning rate."
     )
@@ -342,7 +343,12 @@ def _recorded(
     """The run with one more epoch in its history, and the best parameters renewed."""
     progress, moving = run.progress, run.moving
     number = progress.epoch + 1
-    value = row[settings.column]
+    value = row.get(settings.column, math.nan)
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the metric {settings.column} is {value} after epoch {number}: its set has no such "
+            "label, or the model's predictions overflow;\nchoose another metric, or check the set."
+        )
     is_best = value < progress.best
     row = {"epoch": number, "is_best": is_best, **row}
     plateau = settings.plateau

@@ -106,7 +106,7 @@ def read(config: Config, console: Console) -> Inputs:
     setting = _setting(config, begin, begin.base, fitted[0])
     strategies, watched = _recipe(config, setting)
     _check_sources(config, setting, strategies)
-    check_metric(config.metric, watched)
+    _check_metric(config, watched, names)
     console.print(describe(strategies, begin.params).splitlines()[-1], highlight=False)
     console.print(_coverage({"train": fitted[0], "valid": fitted[1], **watched, **tests}))
     check = _preflight(config, begin, train)  # the first to compile anything
@@ -159,12 +159,10 @@ def _setting(config: Config, begin: Start, model: Potential, frames: Sequence[Fr
 
 def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
     names = keys(config)
-    train = data.read(config.train, keys=names)
+    train = data.weigh(data.read(config.train, keys=names), config_types=config.config_types)
     if isinstance(config.valid, float):
-        train, valid = data.split(train, valid=config.valid, seed=config.seed)
-    else:
-        valid = data.read(config.valid, keys=names)
-    return data.weigh(train, config_types=config.config_types), valid
+        return data.split(train, valid=config.valid, seed=config.seed)
+    return train, data.read(config.valid, keys=names)
 
 
 def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]) -> None:
@@ -214,6 +212,19 @@ def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None
             )
 
 
+def _check_metric(config: Config, watched: Mapping[str, Sequence[Frame]], names: Keys) -> None:
+    """The set that the metric is of must be watched, and labelled with what it measures."""
+    check_metric(config.metric, watched)
+    name, _, what = config.metric.rpartition("/")
+    if not name:
+        return
+    entry = next(entry for entry in config.sources if entry.name == name)
+    is_labelled = entry.strategy == "pseudolabel_replay"
+    if not is_labelled:
+        wanted = config.loss.labels if what == "loss" else [what]
+        data.require_labels(watched[name], wanted, keys=names)
+
+
 def _watched(
     config: Config, setting: Setting, watched: Mapping[str, list[Frame]]
 ) -> dict[str, Dataset]:
@@ -230,7 +241,7 @@ def _watched(
 
 
 def _preflight(config: Config, begin: Start, train: Sequence[Frame]) -> Preflight | None:
-    if not any(frame.energy is not None for frame in data.without_isolated_atoms(train)):
+    if not any(data.has_label(f, "energy") for f in data.without_isolated_atoms(train)):
         return None
     given = _given(config.e0s) if isinstance(config.e0s, dict) else None
     return preflight(begin.base, begin.params, train, head=config.head, given=given)

@@ -78,7 +78,7 @@ class Preflight:
         """A line for each choice past ``MISMATCH``."""
         return tuple(
             f"{c.name}: energies start {MILLI * c.rmse:.0f} meV/atom off, more than "
-            f"{MILLI * MISMATCH:.0f}; these E0s are probably of another level of theory."
+            f"{MILLI * MISMATCH:.0f}; these E0s are of another level of theory, or cohesive energies differ."
             for c in self.choices
             if c.is_mismatched
         )
@@ -179,8 +179,8 @@ def _choice(
     return Choice(
         name,
         {z: float(table[z]) for z in energies.elements},
-        rmse=float(np.sqrt(np.mean(error**2))),
-        mae=float(error.mean()),
+        rmse=float(np.sqrt(e0s.mean(error**2, energies))),
+        mae=e0s.mean(error, energies),
         worst=float(error[at]),
         worst_frame=frames[at].source,
     )

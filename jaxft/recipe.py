@@ -262,9 +262,11 @@ class Replay(Entry):
     name: Name = "replay"
 
     @model_validator(mode="after")
-    def _has_labels_to_choose(self) -> Replay:
+    def _is_possible(self) -> Replay:
         if self.strategy == "pseudolabel_replay" and "labels" in self.model_fields_set:
             raise ValueError("pseudolabel_replay makes its own labels: remove `labels`")
+        if self.name in ("train", "valid", "target"):
+            raise ValueError(f"{self.name!r} is the name of a set of the run: choose another")
         if self.strategy == "multihead_replay" and self.head is None:
             raise ValueError("multihead_replay needs the head of its frames: set `head`")
         return self

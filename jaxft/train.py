@@ -89,6 +89,12 @@ def finetune(
     base.check_names(recipe)
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} micro-batches are no update; use >= 1.")
+    means = [strategy.name for strategy in recipe if strategy.reads_batch]
+    if accumulate > 1 and means:
+        raise ValueError(
+            f"{', '.join(map(repr, means))} takes a mean over each batch, which accumulate="
+            f"{accumulate} cannot add up to that of one large batch;\nuse accumulate=1."
+        )
     chain = optax.chain(tx, *(strategy.tx for strategy in recipe))
 
     def init(key: Array, params: Params) -> TrainState:

@@ -32,8 +32,8 @@ def validator(
     """A function ``params -> {<set>/<metric>: value}``.
 
     Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³), where a
-    set has such labels, and the weighted ``loss``. All are summed over the set and divided once, so
-    they do not depend on the batches.
+    set has such labels, and the weighted ``loss`` of its terms that have any. All are summed over
+    the set and divided once, so they do not depend on the batches.
 
     Args:
       model: the potential.
@@ -69,12 +69,10 @@ def validator(
             for name, mean in terms.items():
                 losses[name] += float(mean) * float(getattr(batch.totals, TOTALS[name]))
         found = {name: math.sqrt(squares[name] / counts[name]) for name in METRICS if counts[name]}
-        loss = sum(
-            weight * losses[name] / counts[TOTALS[name]]
-            for name, weight in weights.items()
-            if counts[TOTALS[name]]
-        )
-        return found | {"loss": loss}
+        labelled = {name: weight for name, weight in weights.items() if counts[TOTALS[name]]}
+        if labelled:
+            found["loss"] = sum(w * losses[n] / counts[TOTALS[n]] for n, w in labelled.items())
+        return found
 
     def validate(params: Params) -> dict[str, float]:
         return {

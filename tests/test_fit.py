@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +19,12 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import data, loss, tree
+from jaxft import data, loss, optimizer, tree
+from jaxft.checkpoint import Checkpoints
 from jaxft.data import Frame
 from jaxft.fit import FitResult, FitSettings, NonFiniteError, fit
+from jaxft.optimizer import Plateau
+from jaxft.progress import Run
 from jaxft.strategies import freeze
 
 WEIGHTS = {"energy": 1.0, "forces": 10.0, "stress": 10.0}
@@ -96,17 +101,19 @@ def test_a_run_that_was_killed_resumes_bitwise(
 
 
 @pytest.fixture
-def run(tiny: tuple, frames: list[Frame], tmp_path: Path) -> Callable[..., FitResult]:
-    """``run(**settings) -> FitResult`` on the tiny model, readouts only."""
-    model, params = tiny
+def run(small: tuple, frames: list[Frame], tmp_path: Path) -> Callable[..., FitResult]:
+    """``run(**settings) -> FitResult`` on a model of one layer, readouts only."""
+    model, params = small
     prepared = data.prepare(frames, model)
 
     def run(
         tx: optax.GradientTransformation | None = None,
         train: data.Dataset = prepared,
         directory: Path = tmp_path,
+        further: dict | None = None,
         **settings: object,
     ) -> FitResult:
+        further = further or {}
         return fit(
             model,
             params,
@@ -120,18 +127,19 @@ def run(tiny: tuple, frames: list[Frame], tmp_path: Path) -> Callable[..., FitRe
                 | settings
             ),
             directory=directory,
+            **further,
         )
 
     return run
 
 
-def test_the_best_epoch_is_kept_and_patience_stops_the_run(run, params) -> None:
+def test_the_best_epoch_is_kept_and_patience_stops_the_run(run, small) -> None:
     # Uphill: every epoch is worse than the model as it came.
     result = run(tx=optax.sgd(-1e-4), epochs=50, patience=3, ema_decay=None)
     assert result.best_epoch == 0
     assert len(result.history) == 4
     for path, leaf in tree.flatten(result.params).items():
-        np.testing.assert_array_equal(leaf, tree.flatten(params)[path])
+        np.testing.assert_array_equal(leaf, tree.flatten(small[1])[path])
 
 
 def test_the_metric_chooses_the_best_epoch(run) -> None:
@@ -156,11 +164,11 @@ def test_a_checkpoint_of_another_run_is_not_resumed(run) -> None:
         run(epochs=1, batch_size=4)
 
 
-def test_a_checkpoint_of_other_data_is_not_resumed(run, tiny, frames: list[Frame]) -> None:
+def test_a_checkpoint_of_other_data_is_not_resumed(run, small, frames: list[Frame]) -> None:
     run(epochs=1)
     changed = replace(frames[0], energy=frames[0].energy + 1e-9)
     with pytest.raises(ValueError, match=r"another run(?s:.*)train: 8 frames"):
-        run(epochs=1, train=data.prepare([changed, *frames[1:]], tiny[0]))
+        run(epochs=1, train=data.prepare([changed, *frames[1:]], small[0]))
 
 
 def test_a_finished_run_returns_what_it_returned(run) -> None:
@@ -171,11 +179,11 @@ def test_a_finished_run_returns_what_it_returned(run) -> None:
 
 
 def test_nan_labels_stop_the_run_and_name_the_frames(
-    run, tiny: tuple, frames: list[Frame], tmp_path: Path
+    run, small: tuple, frames: list[Frame], tmp_path: Path
 ) -> None:
 
     bad = replace(frames[2], forces=np.full_like(frames[2].forces, np.nan), source="bad.xyz:2")
-    train = data.prepare([*frames[:2], bad], tiny[0])
+    train = data.prepare([*frames[:2], bad], small[0])
     with pytest.raises(NonFiniteError, match=r"(?s)epoch 1.*bad\.xyz:2"):
         run(train=train, batch_size=1)
     assert list((tmp_path / "checkpoints").iterdir())
@@ -196,3 +204,121 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path: Path) -> None:
     record.write_text('{"identity')
     with pytest.raises(ValueError, match=r"(?s)checkpoints.*is damaged.*start a new output"):
         run(epochs=1)
+
+
+def same(a: FitResult, b: FitResult) -> bool:
+    pairs = zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "make"),
+    [
+        ({"ema_decay": None}, lambda: optimizer.optimizer("schedule_free", 1e-2)),
+        (
+            {"plateau": Plateau(factor=0.5, patience=0, threshold=0.5)},
+            lambda: optimizer.optimizer("amsgrad", 1e-2, clip_norm=1.0),
+        ),
+        ({"accumulate": 3}, lambda: optimizer.optimizer("adam", 1e-2)),
+    ],
+    ids=["schedule-free", "plateau", "accumulation"],
+)
+def test_stopping_inside_an_epoch_and_resuming_changes_nothing(
+    run, settings: dict, make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"batch_size": 1, "epochs": 3, "checkpoint_every": 2} | settings
+    whole = run(tx=make(), directory=tmp_path / "whole", **settings)
+    saves = []
+    save = Run.save
+
+    def dying(self: Run, checkpoints: Checkpoints) -> None:
+        save(self, checkpoints)
+        saves.append(self)
+        if len(saves) == 3:  # epoch 0, then inside and at the end of epoch 1
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(tx=make(), directory=tmp_path / "cut", **settings)
+    monkeypatch.setattr(Run, "save", save)
+    resumed = run(tx=make(), directory=tmp_path / "cut", **settings)
+    assert same(whole, resumed)
+    keys = ("epoch", "valid/loss", "train/loss", "updates")
+    rows = [[{k: r.get(k) for k in keys} for r in x.history] for x in (whole, resumed)]
+    assert rows[0] == rows[1]
+
+
+def test_a_plateau_lowers_the_learning_rate(run) -> None:
+    plateau = Plateau(factor=0.5, patience=0, threshold=0.9)
+    result = run(
+        tx=optimizer.optimizer("sgd", 1e-5),
+        plateau=plateau,
+        epochs=3,
+        further={"schedule": optax.constant_schedule(1e-5)},
+    )
+    assert [row["learning_rate"] for row in result.history] == [1e-5, 1e-5, 5e-6, 2.5e-6]
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch(run, tmp_path: Path) -> None:
+    """Eight frames, some without stress: in one batch, or as four batches of two, or as three of
+    three, the last of them filled up."""
+    results = [
+        run(
+            tx=optax.sgd(1e-3),
+            batch_size=size,
+            accumulate=n,
+            ema_decay=None,
+            epochs=2,
+            directory=tmp_path / f"{size}",
+        )
+        for size, n in ((8, 1), (2, 4), (3, 4))
+    ]
+    assert {row["updates"] for row in results[0].history} == {0, 1, 2}
+    for other in results[1:]:
+        for a, b in zip(
+            jax.tree.leaves(results[0].params), jax.tree.leaves(other.params), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_nothing_moves_after_an_update_that_is_not_finite(
+    run, small: tuple, frames: list[Frame], tmp_path: Path
+) -> None:
+    """Though the loop looks at what the device found only now and then."""
+    bad = replace(frames[2], forces=np.full_like(frames[2].forces, np.nan), source="bad.xyz:2")
+    train = data.prepare([bad, *frames[:2], *frames[3:]], small[0])
+    with pytest.raises(NonFiniteError, match=r"(?s)epoch 1, update (\d).*bad\.xyz:2") as caught:
+        run(train=train, batch_size=1)
+    position = int(re.search(r"update (\d)", str(caught.value))[1])
+    (saved,) = (tmp_path / "checkpoints").glob("[0-9]*")
+    assert int(saved.name) == position - 1 < 7
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(run, tmp_path: Path) -> None:
+    run(epochs=4, keep_checkpoints=3)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert kept == [2, 3, 4]
+
+
+def test_watched_sets_are_judged_and_may_choose_the_best_epoch(
+    run, small: tuple, frames: list[Frame]
+) -> None:
+    watched = data.prepare(frames[:2], small[0])
+    result = run(metric="memory/forces", further={"watch": {"memory": watched}}, ema_decay=None)
+    values = [row["memory/forces"] for row in result.history]
+    assert result.best_epoch == int(np.argmin(values))
+    assert {"memory/energy", "memory/loss"} <= result.history[0].keys()
+    with pytest.raises(ValueError, match=r"(?s)'other/forces' is of a set .*watched: 'memory'"):
+        run(metric="other/forces", further={"watch": {"memory": watched}})
+
+
+def test_the_log_says_the_same_in_both_formats(run, tmp_path: Path) -> None:
+    result = run(epochs=2)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["valid/forces"]) for row in rows] == [
+        row["valid/forces"] for row in result.history
+    ]
+    assert [row["valid/forces"] for row in lines(tmp_path / "metrics.jsonl")] == [
+        row["valid/forces"] for row in result.history
+    ]

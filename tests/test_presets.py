@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import ase.io
 import jax
 import numpy as np
 import pytest
+from conftest import first_layer
 from rich.console import Console
 
 import jaxft
 from converters.to_jax import convert
-from jaxft import Potential, adapter, config, presets, run, surgery, tree
+from jaxft import adapter, config, presets, run, surgery, tree
 from jaxft.fisherrun import estimate_fisher
-from jaxft.typing import Params
 
 DATA = Path(__file__).parents[1] / "benchmarks" / "data"
 ELEMENTS = ["H", "C", "O"]
@@ -32,17 +31,6 @@ OTHER_LEVEL = {"estimated", "average"}
 def forget_programs_of_each_run():
     yield
     jax.clear_caches()
-
-
-def first_layer(model: Potential, params: Params) -> tuple[Potential, Params]:
-    """A model of one layer with its linear readout; it compiles three times faster."""
-    kept = {"interactions": 1, "products": 1, "readouts": 1}
-    config = model.config.model_dump()
-    small = type(model.config)(**config | {name: config[name][:n] for name, n in kept.items()})
-    buffers = {k: v for k, v in model.buffers.items() if not k.split("/")[0].endswith("_1")}
-    buffers["num_interactions"] = np.array(1)
-    params = {k: v for k, v in params.items() if not k.endswith("_1")}
-    return replace(model, config=small, buffers=buffers), params
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,13 @@ def _shape(batch: Batch) -> Shape:
 
 def _stacked(batches: Sequence[Batch], count: int) -> Batch:
     last = batches[-1]
+    nobody = last.graph._replace(
+        is_graph=np.zeros_like(last.graph.is_graph), is_atom=np.zeros_like(last.graph.is_atom)
+    )
     filler = last._replace(
-        weights=jax.tree.map(np.zeros_like, last.weights), frame=np.full_like(last.frame, -1)
+        graph=nobody,
+        weights=jax.tree.map(np.zeros_like, last.weights),
+        frame=np.full_like(last.frame, -1),
     )
     filled = [*batches, *[filler] * (count - len(batches))]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *filled)

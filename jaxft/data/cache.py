@@ -90,7 +90,15 @@ def _read(path: Path, frames: Sequence[Frame]) -> list[Edges]:
                 file[name] for name in ("counts", "senders", "receivers", "vectors")
             )
         _check(counts, senders, receivers, vectors, frames)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ValueError(
             f"{path} is damaged, or no file of neighbour lists ({error});\n"
             f"expected those of {len(frames)} frames. Delete it, and it is made anew."
@@ -108,10 +116,10 @@ def _check(
     frames: Sequence[Frame],
 ) -> None:
     """Raises ValueError unless these can be the neighbour lists of ``frames``."""
-    total = int(counts.sum())
     kinds = [array.dtype.str[1:] for array in (counts, senders, receivers, vectors)]
     if kinds != ["i8", "i4", "i4", "f8"] or counts.shape != (len(frames),) or counts.min() < 0:
         raise ValueError(f"types {kinds}, {counts.shape} counts")
+    total = int(counts.sum())
     if senders.shape != (total,) or receivers.shape != (total,) or vectors.shape != (total, 3):
         raise ValueError(f"{total} edges, {len(senders)} senders, {len(receivers)} receivers")
     atoms = np.repeat([len(frame) for frame in frames], counts)

@@ -289,9 +289,12 @@ def coverage(frames: Sequence[Frame]) -> Coverage:
 
 
 def has_label(frame: Frame, label: str) -> bool:
-    """Whether a label counts: stress only where a volume exists."""
-    is_there = getattr(frame, label) is not None
-    return is_there and (label != "stress" or frame.is_periodic)
+    """Whether a label counts: it has weight, and stress only where a volume exists."""
+    if getattr(frame, label) is None or (label == "stress" and not frame.is_periodic):
+        return False
+    weight = frame.weight * getattr(frame, f"{label}_weight")
+    of_atoms = frame.atom_weights if label == "forces" else None
+    return weight > 0 and (of_atoms is None or bool(np.any(of_atoms > 0)))
 
 
 def require_labels(frames: Sequence[Frame], labels: Iterable[str], *, keys: Keys) -> None:

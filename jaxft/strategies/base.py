@@ -67,6 +67,8 @@ class Strategy:
     """Extra data."""
     is_identity_at_init: bool = True
     """Whether training starts at the base's own parameters, bit for bit; few methods do not."""
+    reads_batch: bool = False
+    """Whether the penalty is a mean over the batch, so that batches of one update do not add up."""
     cites: tuple[str, ...] = ()
     """Keys of the works to cite, in ``jaxft.citation``."""
 

@@ -107,7 +107,7 @@ def distill(
             total += stress * _mean(jnp.mean(change**2, axis=(-2, -1)), periodic)
         return strength * total
 
-    return Strategy(name=name, init=init, penalty=penalty, cites=("li2016lwf",))
+    return Strategy(name=name, init=init, penalty=penalty, reads_batch=True, cites=("li2016lwf",))
 
 
 def _is_unlabelled(batch: Batch) -> Array:
