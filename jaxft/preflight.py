@@ -78,7 +78,8 @@ class Preflight:
         """A line for each choice past ``MISMATCH``."""
         return tuple(
             f"{c.name}: energies start {MILLI * c.rmse:.0f} meV/atom off, more than "
-            f"{MILLI * MISMATCH:.0f}; these E0s are of another level of theory, or cohesive energies differ."
+            f"{MILLI * MISMATCH:.0f}; these E0s are of another level of theory, or the cohesive "
+            "energies differ."
             for c in self.choices
             if c.is_mismatched
         )
