@@ -35,7 +35,7 @@ class Adapter:
     """What to change in a base model."""
 
     base: str
-    """:func:`jaxft.strategies.ewc.digest` of the parameters of the base, before surgery."""
+    """:func:`digest_of` the base, before surgery."""
     recipe: Sequence[Entry]
     """The strategies that own coordinates, in order."""
     trainable: Trainable
@@ -134,9 +134,9 @@ def merge(adapter: Adapter, model: Potential, params: Params) -> tuple[Potential
     Raises:
       ValueError: the adapter belongs to another base, or its arrays do not fit this one.
     """
-    if (found := digest(params)) != adapter.base:
+    if (found := digest_of(model, params)) != adapter.base:
         raise ValueError(
-            f"the adapter was trained on parameters {adapter.base}, these are {found};\n"
+            f"the adapter was trained on the model {adapter.base}, this one is {found};\n"
             "merge it with the bundle that its run started from."
         )
     params = jax.tree.map(jnp.asarray, params)
@@ -159,6 +159,12 @@ def merge(adapter: Adapter, model: Potential, params: Params) -> tuple[Potential
     whole = jax.tree.map(jnp.asarray, tree.unflatten(start))
     given = jax.tree.map(jnp.asarray, adapter.trainable.coords)
     return model, base.apply(recipe, whole, given, consts)
+
+
+def digest_of(model: Potential, params: Params) -> str:
+    """Hash of parameters, architecture and constants; isolated-atom energies left out, since an
+    adapter brings its own."""
+    return f"{digest(params)}-{model.digest}"
 
 
 def _document(path: Path) -> Mapping[str, Any]:

@@ -28,6 +28,10 @@ BAR = 40
 """Characters of the longest bar."""
 
 
+SHOWN = 12
+"""Decades below the largest with a row of their own."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """How F is distributed over the numbers of a group of leaves."""
@@ -141,11 +145,10 @@ def _spread(values: np.ndarray, strength: float) -> Spread:
 def _table(groups: Mapping[str, Spread]) -> Table:
     table = Table(title="Fisher information by group of leaves", title_justify="left")
     table.add_column("group")
-    headings = ("numbers", "zero %", "min", "median", "mean", "max", "λ: mean λF = 1", "median")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    for heading in ("numbers", "zero %", "median", "mean", "max", "1 / mean"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, s in groups.items():
-        numbers = (s.min, s.median, s.mean, s.max, s.unit_mean, s.unit_median)
+        numbers = (s.median, s.mean, s.max, s.unit_mean)
         cells = ["–" if number is None else f"{number:.1e}" for number in numbers]
         table.add_row(name, f"{s.numbers:,}", f"{100 * s.zero:.1f}", *cells)
     return table
@@ -159,8 +162,13 @@ def _bars(found: Calibration) -> Table:
     table.add_column("numbers", justify="right")
     table.add_column("")
     counts = found.groups["total"].histogram
-    for decade in range(max(counts), min(counts) - 1, -1):
-        count = counts.get(decade, 0)
-        bar = "█" * math.ceil(BAR * count / max(counts.values()))
-        table.add_row(f"1e{decade:+03d}", f"{count:,}", bar)
+    top, last = max(counts), max(max(counts) - SHOWN, min(counts))
+
+    def row(label: str, count: int) -> None:
+        table.add_row(label, f"{count:,}", "█" * math.ceil(BAR * count / max(counts.values())))
+
+    for decade in range(top, last - 1, -1):
+        row(f"1e{decade:+03d}", counts.get(decade, 0))
+    if below := sum(count for decade, count in counts.items() if decade < last):
+        row("below", below)
     return table

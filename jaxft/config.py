@@ -332,6 +332,8 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
+    if not where:
+        return item["msg"].removeprefix("Value error, ")
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']} (given: {item.get('input')!r:.80})"
     known = _keys_at(item["loc"][:-1])

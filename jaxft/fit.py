@@ -161,6 +161,7 @@ def fit(
             **asdict(settings),
             "recipe": [strategy.name for strategy in recipe],
             "parameters": fingerprint(params),
+            "potential": model.digest,
             "train": fingerprint_of_frames(mixture.dataset),
             "mixture": mixture.describe(),
             "valid": fingerprint_of_frames(valid),

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxft import bundle, data, surgery
 from jaxft import config as configs
+from jaxft.adapter import digest_of
 from jaxft.config import Config
 from jaxft.data import Dataset, Frame, Keys, Mixture
 from jaxft.describe import describe
@@ -21,7 +22,6 @@ from jaxft.potential import Potential
 from jaxft.preflight import Preflight, preflight
 from jaxft.recipe import Replay, Setting
 from jaxft.strategies import Recipe, Strategy, base
-from jaxft.strategies.ewc import digest
 from jaxft.typing import Params
 
 
@@ -33,7 +33,7 @@ class Start:
     """With all heads, and the E0s that it came with."""
     params: Params
     digest: str
-    """Of the bundle's parameters, before surgery."""
+    """:func:`jaxft.adapter.digest_of` the bundle, before surgery."""
     like: str | None = None
     """The head that the new one is a copy of."""
 
@@ -65,7 +65,7 @@ def start(config: Config) -> Start:
       ValueError: the bundle cannot be read, or a head is unknown or exists already.
     """
     model, params = bundle.load(config.model, dtype=config.parameter_dtype)
-    known = digest(params)
+    known = digest_of(model, params)
     if config.add_head is None:
         model.head_index(config.head)
         return Start(model, params, known)

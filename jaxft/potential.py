@@ -7,6 +7,7 @@ rows and senders, the virial is a sum of ``g ⊗ vector``, and there is no strai
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,6 +87,17 @@ class Potential:
             f"{asked}, but the model's heads are {', '.join(map(repr, self.heads))};\n"
             "name one of them."
         )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the architecture and the constants but the isolated-atom energies, rounded to
+        float32: whatever dtype they are loaded in."""
+        found = hashlib.sha256(self.config.model_dump_json().encode())
+        for name, value in sorted(self.buffers.items()):
+            if name != E0_BUFFER:
+                found.update(f"{name} {np.shape(value)}\n".encode())
+                found.update(np.ascontiguousarray(value, np.float32).tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def module(self) -> MACE:

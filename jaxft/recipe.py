@@ -280,7 +280,8 @@ class Replay(Entry):
 
     def _plain(self, setting: Setting) -> dict[str, Any]:
         options = super().options(setting)
-        return {k: v for k, v in options.items() if k not in ("files", "keys", "select", "watch")}
+        mine = {k: v for k, v in options.items() if k not in ("files", "keys", "select", "watch")}
+        return mine | {"name": self.name}
 
     def split(self, setting: Setting) -> tuple[list[Frame], list[Frame]]:
         """Frames to train on, and frames to watch."""
@@ -297,6 +298,11 @@ class Replay(Entry):
         assert chosen is not None
         elements = {int(z) for frame in setting.train for z in frame.atomic_numbers}
         frames = data.filter_elements(frames, elements, rule=chosen.elements)
+        if chosen.n > len(frames):
+            raise ValueError(
+                f"{self.name!r} selects {chosen.n} frames, but only {len(frames)} qualify;\n"
+                "lower select.n, or remove `select` to take all frames."
+            )
         found = None
         if chosen.how == "farthest":
             found = descriptors(setting.model, setting.params, frames, head=self.head)
