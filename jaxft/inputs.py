@@ -230,7 +230,7 @@ def _watched(
 ) -> dict[str, Dataset]:
     found = {}
     for entry in config.sources:
-        if entry.name not in watched:
+        if entry.name not in watched or entry.labels == "none":
             continue
         frames, head = watched[entry.name], entry.head or config.head
         if entry.strategy == "pseudolabel_replay":

@@ -113,7 +113,9 @@ def _optimizer(
         b2=chosen.b2,
         eps=chosen.eps,
     )
-    init, _ = train.finetune(objective(config, given.model), given.recipe, tx)
+    init, _ = train.finetune(
+        objective(config, given.model), given.recipe, tx, accumulate=config.accumulate
+    )
     init(jax.random.key(config.seed), given.params)
     return tx, schedule
 

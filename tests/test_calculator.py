@@ -326,8 +326,8 @@ def test_a_relaxation_of_positions_and_cell_arrives(trained_calc):
 def compiled(caplog, monkeypatch):
     """A function: how often jax itself says that it compiled the model."""
 
-    def predict_afresh(model, params, graph):
-        return predict(model, params, graph)
+    def predict_afresh(alike, params, graph):
+        return predict(alike.model, params, graph)
 
     monkeypatch.setattr(predictions, "_predict", jax.jit(predict_afresh, static_argnums=0))
 

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import data, loss, optimizer, tree
+from jaxft import data, loss, optimizer, surgery, tree
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Frame
 from jaxft.fit import FitResult, FitSettings, NonFiniteError, fit
@@ -113,9 +113,9 @@ def run(small: tuple, frames: list[Frame], tmp_path: Path) -> Callable[..., FitR
         further: dict | None = None,
         **settings: object,
     ) -> FitResult:
-        further = further or {}
+        further = dict(further or {})
         return fit(
-            model,
+            further.pop("model", model),
             params,
             train=train,
             valid=prepared,
@@ -253,10 +253,12 @@ def test_a_plateau_lowers_the_learning_rate(run) -> None:
     result = run(
         tx=optimizer.optimizer("sgd", 1e-5),
         plateau=plateau,
-        epochs=3,
+        epochs=4,
         further={"schedule": optax.constant_schedule(1e-5)},
     )
-    assert [row["learning_rate"] for row in result.history] == [1e-5, 1e-5, 5e-6, 2.5e-6]
+    # of the epoch: the first sets the mark, the second misses it
+    rates = [row["learning_rate"] for row in result.history]
+    assert rates == [1e-5, 1e-5, 1e-5, 5e-6, 2.5e-6]
 
 
 def test_accumulated_batches_make_the_update_of_one_large_batch(run, tmp_path: Path) -> None:
@@ -322,3 +324,19 @@ def test_the_log_says_the_same_in_both_formats(run, tmp_path: Path) -> None:
     assert [row["valid/forces"] for row in lines(tmp_path / "metrics.jsonl")] == [
         row["valid/forces"] for row in result.history
     ]
+
+
+def test_another_potential_is_another_run(run, small: tuple, tmp_path: Path) -> None:
+    """Scale and shift are no parameters, but a checkpoint belongs to them."""
+    run(epochs=1)
+    other = surgery.set_scale_shift(small[0], scale=2.0, shift=0.3)
+    with pytest.raises(ValueError, match=r"(?s)another run.*potential: "):
+        run(epochs=1, further={"model": other})
+
+
+def test_a_metric_that_nothing_is_labelled_for_stops_the_run(
+    run, small: tuple, frames: list[Frame], tmp_path: Path
+) -> None:
+    bare = data.prepare([replace(frame, forces=None) for frame in frames], small[0])
+    with pytest.raises(NonFiniteError, match=r"metric memory/forces is nan after epoch 0"):
+        run(metric="memory/forces", further={"watch": {"memory": bare}})

@@ -16,6 +16,7 @@ import jaxft
 from converters.to_jax import convert
 from jaxft import adapter, config, presets, run, surgery, tree
 from jaxft.fisherrun import estimate_fisher
+from jaxft.train import Trainable
 
 DATA = Path(__file__).parents[1] / "benchmarks" / "data"
 ELEMENTS = ["H", "C", "O"]
@@ -96,6 +97,41 @@ def sparse_model(folder: Path) -> None:
     flat = tree.flatten(params)
     tuned = {k: v * (1.01 if k in changed else 1.0) for k, v in flat.items()}
     jaxft.save(folder / "sparse.jaxft", model, tree.unflatten(tuned))
+
+
+def test_an_adapter_belongs_to_its_potential(folder: Path, tmp_path: Path) -> None:
+    """Not to its parameters alone."""
+    model, params = jaxft.load(folder / "base.jaxft", dtype="float64")
+    trained = Trainable({"readouts_0": {"linear": {"0e": np.ones((32, 1))}}}, {})
+    own = adapter.Adapter(adapter.digest_of(model, params), [], trained, model.heads, model.e0s)
+    read = adapter.load(adapter.save(tmp_path / "adapter", own))
+    _, merged = adapter.merge(read, model, params)
+    assert (np.asarray(merged["readouts_0"]["linear"]["0e"]) == 1).all()
+    with pytest.raises(ValueError, match=r"(?s)trained on the model .* started from"):
+        adapter.merge(read, surgery.set_scale_shift(model, scale=2.0, shift=0.0), params)
+    with pytest.raises(FileExistsError, match="nothing was overwritten"):
+        adapter.save(tmp_path / "adapter", own)
+
+
+@pytest.mark.parametrize("damage", ["no json", "other format", "truncated", "stranger"])
+def test_a_damaged_adapter_is_named_and_runs_nothing(damage: str, tmp_path: Path) -> None:
+    trained = Trainable({"readouts_0": {"linear": {"0e": np.ones((32, 1))}}}, {})
+    path = adapter.save(
+        tmp_path / "adapter", adapter.Adapter("abc", [], trained, ("Default",), np.zeros((1, 3)))
+    )
+    document = path / "adapter.json"
+    if damage == "truncated":
+        arrays = path / "adapter.safetensors"
+        arrays.write_bytes(arrays.read_bytes()[:40])
+    elif damage == "no json":
+        document.write_text("{")
+    elif damage == "other format":
+        document.write_text(document.read_text().replace("jaxft-adapter", "else"))
+    else:
+        recipe = [{"strategy": "os.system", "name": "x"}]
+        document.write_text(json.dumps(json.loads(document.read_text()) | {"recipe": recipe}))
+    with pytest.raises(ValueError, match="is not an adapter that this jaxft reads"):
+        adapter.load(path)
 
 
 @pytest.mark.parametrize("name", [n for n in presets.names() if n != "quickstart"])

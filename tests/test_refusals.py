@@ -113,6 +113,30 @@ MISTAKES = {
         {"recipe": [REPLAY], "e0s": "estimated"},
         ["two levels of theory", "e0s: foundation"],
     ),
+    "labels of no weight": (
+        {"config_types": {"Default": 0.0}},
+        ["none of 8 frames", "has energy"],
+    ),
+    "metric without labels": (
+        {
+            "recipe": [{**REPLAY, "keys": {"energy": "none"}}],
+            "loss": {"energy": 1.0, "forces": 1.0},
+            "metric": "replay/energy",
+        },
+        ["has energy under the key"],
+    ),
+    "a source called like a set of the run": (
+        {"recipe": [{**REPLAY, "name": "valid"}]},
+        ["'valid' is the name of a set of the run"],
+    ),
+    "labels for pseudolabels": (
+        {"recipe": [{**REPLAY, "strategy": "pseudolabel_replay", "labels": "given"}]},
+        ["makes its own labels"],
+    ),
+    "accumulation of a mean over the batch": (
+        {"recipe": [{"strategy": "distill", "strength": 1.0}], "accumulate": 2},
+        ["'distill' takes a mean over each batch", "accumulate=1"],
+    ),
     "metric of nobody": (
         {"metric": "memory/forces"},
         ["'memory/forces' is of a set that is not watched"],
@@ -148,7 +172,12 @@ MISTAKES = {
 }
 
 
-AFTER_PREFLIGHT = ("misspelt pattern of a decay", "schedule-free with late", "warm-up")
+AFTER_PREFLIGHT = (
+    "misspelt pattern of a decay",
+    "schedule-free with late",
+    "warm-up",
+    "accumulation of a mean",
+)
 """Found after energies were predicted, but before a training step is compiled."""
 
 

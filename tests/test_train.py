@@ -249,3 +249,21 @@ def test_refusals_name_what_was_given(params):
     init, _ = jaxft.finetune(wavy, (freeze("readout_*/**"),), optax.sgd(1e-3))
     with pytest.raises(ValueError, match=re.escape("'readout_*/**' matches none of 35")):
         init(KEY, params)
+
+
+def test_means_over_a_batch_are_not_accumulated():
+    mean = Strategy(name="mean", penalty=lambda p, c, b: jnp.zeros(()), reads_batch=True)
+    with pytest.raises(ValueError, match=r"'mean' takes a mean over each batch(?s:.*)accumulate=1"):
+        jaxft.finetune(wavy, (mean,), optax.sgd(1e-3), accumulate=2)
+
+
+def test_filler_batches_hold_nobody(frames, model):
+    train = data.alone(data.prepare(frames, model), 3)
+    (update,) = data.updates(train, 4, 0, seed=0, dtype="float64")
+    assert update.graph.is_graph.sum() == len(frames)
+    assert update.graph.is_atom.sum() == sum(len(frame) for frame in frames)
+    assert not update.weights.energy[3].any()
+    assert not update.graph.is_graph[3].any()
+    assert sorted(update.frame[update.frame >= 0]) == list(range(len(frames)))
+    totals = jax.tree.leaves(update.totals)
+    assert all((total == total[0]).all() for total in totals)
