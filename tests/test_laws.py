@@ -1,6 +1,7 @@
 """The laws of jaxft.testing over every strategy and over pairs; and that each law can fail."""
 
 import itertools
+from pathlib import Path
 
 import ase.build
 import jax
@@ -343,3 +344,14 @@ def test_law_10_sees_a_merge_that_forgets_a_strategy_or_shares_buffers(layer):
         testing.assert_trains_lawfully(
             jaxft.finetune(wavy, (), optimiser()), forgetful, (), layer, None
         )
+
+
+def test_the_page_has_a_row_and_a_tick_for_every_pair():
+    page = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    rows = {
+        cells[1]: cells[2:-1]
+        for cells in (line.split("|") for line in page.splitlines())
+        if len(cells) == len(PUBLIC) + 3 and cells[1] in PUBLIC
+    }
+    assert list(rows) == list(PUBLIC)
+    assert all(set(ticks) == {"✓"} for ticks in rows.values()), "run benchmarks/laws.py --write"
