@@ -65,12 +65,12 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_a_run_that_was_killed_resumes_bitwise(
-    tmp_path: Path, tiny: tuple, frames: list[Frame]
+    tmp_path: Path, small: tuple, frames: list[Frame]
 ) -> None:
     from test_cli import write_frames
 
-    epochs = 8
-    jaxft.save(tmp_path / "tiny.jaxft", *tiny)
+    epochs = 12
+    jaxft.save(tmp_path / "tiny.jaxft", *small)
     write_frames(tmp_path / "frames.xyz", frames)
     whole = start(tmp_path, tmp_path / "whole", epochs)
     _, problems = whole.communicate()
