@@ -29,18 +29,7 @@ from train_step import WEIGHTS, structures
 
 from converters.to_jax import convert
 from jaxft import data, finetune, loss, tree
-from jaxft.strategies import (
-    delta,
-    dora,
-    elora,
-    ewc,
-    freeze,
-    l2sp,
-    lora,
-    lora_torch,
-    rates,
-    sparse,
-)
+from jaxft.strategies import delta, elora, ewc, freeze, lora, sparse
 
 
 def recipes(params: dict) -> dict[str, tuple]:
@@ -51,14 +40,10 @@ def recipes(params: dict) -> dict[str, tuple]:
         "freeze level 5 (products, readouts train)": (freeze(level=5),),
         "freeze level 6 (readouts train)": (freeze(level=6),),
         "lora rank 4": (lora(rank=4),),
-        "lora_torch rank 4": (lora_torch(rank=4),),
         "elora rank 16": (elora(),),
-        "dora rank 4": (dora(rank=4),),
         "delta": (delta(),),
         "sparse": (sparse(),),
-        "l2sp": (l2sp(1.0),),
         "ewc": (ewc(ones, strength=1.0),),
-        "rates": (rates({"interactions_*/**": 0.1}),),
     }
 
 

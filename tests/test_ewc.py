@@ -292,3 +292,11 @@ def test_a_config_names_l2sp_and_a_fisher_by_its_file(found, model, params, tmp_
     document["recipe"][0]["fisher"] = str(tmp_path / "none.fisher")
     with pytest.raises(ValueError, match=re.escape("none.fisher is not a Fisher")):
         config.strategies(config.validate(document, "the test"), setting)
+
+
+def test_a_fisher_of_jax_arrays_serves_as_well(params):
+    recipe = (ewc(jax.tree.map(jax.numpy.ones_like, params), strength=1.0),)
+    init, _ = jaxft.finetune(lambda p, b: (0.0, {}), recipe, optax.sgd(1e-3))
+    state = init(jax.random.key(0), params)
+    fisher = state.frozen.consts["ewc"]["fisher"]
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(fisher))

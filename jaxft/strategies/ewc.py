@@ -145,7 +145,7 @@ def _check_belongs(fisher: Fisher, params: Params, name: str) -> None:
             "start from that model, or estimate one for this model with jaxft.fisher."
         )
     for path, leaf in given.items():
-        if np.max(leaf, initial=0) > jnp.finfo(expected[path].dtype).max:
+        if np.max(np.asarray(leaf), initial=0) > jnp.finfo(expected[path].dtype).max:
             raise ValueError(
                 f"{name!r}: the Fisher of {path!r} reaches {np.max(leaf):.1e}, which is infinite "
                 f"in {expected[path].dtype}; normalise it, see jaxft.fisher."
