@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxft import bundle, surgery, tree
 from jaxft.data import Keys
+from jaxft.fisherfile import UNREADABLE
 from jaxft.potential import Potential
 from jaxft.recipe import Entry, Setting, StrategyConfig
 from jaxft.strategies import base
@@ -108,15 +109,7 @@ def load(path: str | Path) -> Adapter:
             e0s=np.asarray(nested["e0s"], np.float64),
             like=document["like"],
         )
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except UNREADABLE as error:
         what = _short(error)
         raise ValueError(
             f"{path} is not an adapter that this jaxft reads: {what}.\nexpected a folder with "

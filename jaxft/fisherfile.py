@@ -16,7 +16,7 @@ from jaxft.strategies.ewc import Fisher
 
 FORMAT, VERSION = "jaxft-fisher", "1"
 
-_UNREADABLE = (
+UNREADABLE = (
     SafetensorError,
     OSError,
     ValueError,
@@ -25,7 +25,7 @@ _UNREADABLE = (
     AttributeError,
     RecursionError,
 )
-"""What a file that is none, or a damaged one, raises."""
+"""What a safetensors or JSON file that is none, or a damaged one, raises."""
 
 
 def save(path: str | Path, fisher: Fisher) -> Path:
@@ -73,7 +73,7 @@ def load(path: str | Path) -> Fisher:
             parameters, provenance = record["parameters"], dict(record["provenance"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Fisher(tree.unflatten(arrays), parameters, provenance)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is not a Fisher that this jaxft reads: {error}.\n"
             "Estimate one with jaxft.fisher, and write it with `save` of that module."

@@ -142,8 +142,6 @@ def test_the_work_of_stress_is_told_from_that_of_forces():
 @pytest.mark.parametrize("name", ["base", "ethanol", "nacl"])
 def test_the_benchmarks_own_sets_have_no_errors_and_few_warnings(name):
     files = [BENCHMARKS / f"{name}_{part}.xyz" for part in ("atoms", "train", "test")]
-    if not all(file.is_file() for file in files):
-        pytest.skip("benchmarks/data is not there")
     found = data.audit(data.read(files))
     assert found.is_ok
     assert [f.name for f in found.findings if f.severity == "warning"] == []

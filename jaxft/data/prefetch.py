@@ -42,5 +42,5 @@ def _prefetched(items: Iterable[T], depth: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         pool.shutdown(cancel_futures=True)
-        if hasattr(source, "close"):
+        if hasattr(source, "close"):  # generators have it, other iterators need none
             source.close()
