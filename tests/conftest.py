@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+os.environ.setdefault("JAXFT_XLA_CACHE", "off")  # commands that tests run leave nothing behind
 
 import ase.build
 import jax

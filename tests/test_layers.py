@@ -15,7 +15,7 @@ import jaxft
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    0: ["tree", "typing", "version"],
+    0: ["tree", "typing", "version", "compilation"],
     1: ["graph", "source"],
     2: ["models", "data", "strategies"],
     3: ["potential", "loss", "fisher", "fisherfile", "calibration", "surgery", "testing"],

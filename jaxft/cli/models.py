@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from jaxft.cli.shared import EXIT_INPUT, Dtype, Json, app, command, console, use
+from jaxft.cli.shared import EXIT_INPUT, Dtype, Json, app, command, console, keep_programs, use
 
 
 @app.command()
@@ -26,6 +26,7 @@ def info(path: Path, as_json: Json = False) -> None:
         print(json.dumps(facts, indent=1))
     else:
         console.print(inspection.page(facts))
+        console.print(f"compiled programs  {keep_programs()}", highlight=False, soft_wrap=True)
     if not facts["convertible"]:
         raise typer.Exit(EXIT_INPUT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -60,11 +61,31 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def use(dtype: str | None) -> None:
-    """Let JAX compute in ``dtype``; before its first computation."""
+    """Let JAX compute in ``dtype`` and keep its programs; before its first computation."""
     import jax
 
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    keep_programs()
+
+
+def keep_programs() -> Any:
+    """Where compiled programs are kept: ``$JAXFT_XLA_CACHE``, a folder or ``off``, or the default.
+
+    A default that cannot be made or read, as in a container without a home, is no reason to
+    compute nothing; a folder that was asked for is.
+    """
+    from jaxft import compilation
+
+    chosen = os.environ.get("JAXFT_XLA_CACHE")
+    if chosen == "off":
+        return compilation.disable_cache("JAXFT_XLA_CACHE=off")
+    if chosen:
+        return compilation.enable_cache(chosen)
+    try:
+        return compilation.enable_cache()
+    except OSError as error:
+        return compilation.disable_cache(f"{error}; JAXFT_XLA_CACHE=FOLDER keeps them elsewhere")
 
 
 def load(bundle: Path, dtype: Dtype | None, head: str | None) -> tuple[Any, Any]:
