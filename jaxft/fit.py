@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxft import data, optimizer, tree
+from jaxft import data, optimizer, parallel, tree
 from jaxft.checkpoint import Checkpoints
-from jaxft.data import Dataset, Mixture
+from jaxft.data import Dataset, Mixture, Spread
 from jaxft.display import Display
 from jaxft.graph import Batch
 from jaxft.logs import Csv, JsonLines, Logger, Logs
 from jaxft.optimizer import Plateau
+from jaxft.parallel import StopFn
 from jaxft.potential import Potential
 from jaxft.progress import Moving, Progress, Run, fingerprint, fingerprint_of_frames, resumed
 from jaxft.strategies.base import Recipe
@@ -40,6 +42,7 @@ class FitSettings:
 
     epochs: int
     batch_size: int = 8
+    """Frames per batch, over all devices."""
     accumulate: int = 1
     """Batches per update; ``batch_size`` is that of each."""
     seed: int = 0
@@ -92,6 +95,10 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the state before it was saved."""
 
 
+class Preempted(RuntimeError):
+    """The run was asked to stop, and saved where it stands; the same call goes on from there."""
+
+
 @dataclass(frozen=True)
 class Feed:
     """What a run is fed with, and judged by."""
@@ -122,12 +129,18 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     display: Display | None = None,
     logger: Logger | None = None,
+    mesh: Mesh | None = None,
+    stop: StopFn | None = None,
 ) -> FitResult:
     """Fine-tune, resuming from ``directory`` if it holds a checkpoint of the same run.
 
     A run that was killed and resumed gives bitwise the parameters of one that was not: the order of
     the frames follows from (seed, epoch), and raw parameters, optimiser state, EMA, best
     parameters and the position are all saved after every epoch.
+
+    Devices share every batch; their number changes results by rounding only, and may differ when a
+    run is resumed. With several processes each calls this with the same arguments, ``directory``
+    is one that all see, and the first one writes the logs.
 
     Args:
       model, params: where to start.
@@ -141,40 +154,44 @@ def fit(
       identity: further facts that a checkpoint must agree with.
       display: progress.
       logger: told of every epoch beside the files.
+      mesh: the devices; None is all, :func:`jaxft.parallel.mesh`.
+      stop: asked after every update with their number, whether to save and stop there.
 
     Raises:
+      Preempted: ``stop`` said so.
       NonFiniteError: with the epoch, the step and the frames of the batch.
-      ValueError: the checkpoint belongs to another run, or the metric is of a set that is not
-        judged.
+      ValueError: the checkpoint belongs to another run, the metric is of a set that is not judged,
+        or a batch has fewer frames than there are devices.
     """
     display = display or Display()
+    mesh = mesh or parallel.mesh()
     mixture = train if isinstance(train, Mixture) else data.alone(train, settings.batch_size)
     feed = Feed(mixture, valid, watch or {})
     check_metric(settings.metric, feed.watch)
-    init, step = finetune(loss_fn, recipe, tx, accumulate=settings.accumulate)
+    spread = _spread(mixture, settings, mesh)
+    init, step = finetune(loss_fn, recipe, tx, accumulate=settings.accumulate, mesh=mesh)
     state = init(jax.random.key(settings.seed), params)
     start = Moving(state, tree.copy(state.trainable), jnp.ones((), bool))
-    run = Run(start, tree.copy(state.trainable), Progress())
-    checkpoints = Checkpoints(
-        directory / "checkpoints",
-        {
-            **asdict(settings),
-            "recipe": [strategy.name for strategy in recipe],
-            "parameters": fingerprint(params),
-            "potential": model.digest,
-            "train": fingerprint_of_frames(mixture.dataset),
-            "mixture": mixture.describe(),
-            "valid": fingerprint_of_frames(valid),
-            **{f"watch {k}": fingerprint_of_frames(v) for k, v in feed.watch.items()},
-            **(identity or {}),
-        },
-        keep=settings.keep_checkpoints,
-    )
+    moving, best = parallel.replicated(mesh, (start, tree.copy(state.trainable)))
+    run = Run(moving, best, Progress())
+    facts = {
+        **asdict(settings),
+        "recipe": [strategy.name for strategy in recipe],
+        "parameters": fingerprint(params),
+        "potential": model.digest,
+        "train": fingerprint_of_frames(mixture.dataset),
+        "mixture": mixture.describe(),
+        "valid": fingerprint_of_frames(valid),
+        **{f"watch {k}": fingerprint_of_frames(v) for k, v in feed.watch.items()},
+        **(identity or {}),
+    }
+    parallel.check_agreement(facts)
+    checkpoints = Checkpoints(directory / "checkpoints", facts, keep=settings.keep_checkpoints)
     if checkpoints.latest is not None:
         run = resumed(run, checkpoints)
         display.say(f"resuming after epoch {run.progress.epoch}")
     files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
-    logs = Logs([*files, *([logger] if logger else [])])
+    logs = Logs([*files, *([logger] if logger else [])] if parallel.is_first() else [])
     logs.start(list(run.progress.history))
     sets = {"valid": feed.valid, **feed.watch}
     validate = validator(
@@ -184,13 +201,15 @@ def fit(
         weights=settings.loss_weights,
         batch_size=settings.batch_size,
         dtype=settings.dtype,
+        mesh=mesh,
     )
-    loop = _Loop(recipe, settings, feed, _advance(step, settings), validate, checkpoints)
+    advance = _advance(step, settings, mesh)
+    loop = _Loop(recipe, settings, spread, mesh, advance, validate, checkpoints, stop)
     try:
         while run.progress.epoch < settings.epochs and not run.progress.is_done(settings.patience):
             started = time.perf_counter()
             if run.progress.epoch < 0:
-                row = validate(merge(recipe, run.moving.state))
+                row = validate(merge(recipe, parallel.local(run.moving.state)))
             else:
                 run = _epoch(run, loop, display)
                 losses = np.asarray(run.progress.losses)
@@ -199,15 +218,16 @@ def fit(
             if schedule is not None:
                 factor = optimizer.get_factor(run.moving.state.opt_state)
                 row["learning_rate"] = float(schedule(int(run.moving.state.step))) * factor
-            run, row = _recorded(run, row, settings)
+            run, row = _recorded(run, row, loop)
             logs.log(row)
             display.epoch(row)
             run.save(checkpoints)
     finally:
         checkpoints.close()
         logs.close()
-    best = merge(recipe, run.moving.state._replace(trainable=run.best))
-    return FitResult(best, run.progress.best_epoch, list(run.progress.history), run.best)
+    kept = parallel.local(run.best)
+    result = merge(recipe, parallel.local(run.moving.state)._replace(trainable=kept))
+    return FitResult(result, run.progress.best_epoch, list(run.progress.history), kept)
 
 
 def check_metric(metric: str, watched: Iterable[str]) -> None:
@@ -224,13 +244,26 @@ def check_metric(metric: str, watched: Iterable[str]) -> None:
 AdvanceFn = Callable[[Moving, Batch], tuple[Moving, dict[str, Array]]]
 
 
-def _advance(step: StepFn, settings: FitSettings) -> AdvanceFn:
+def _spread(train: Mixture, settings: FitSettings, mesh: Mesh) -> Spread:
+    return Spread(
+        train,
+        seed=settings.seed,
+        dtype=settings.dtype,
+        count=settings.accumulate,
+        parts=mesh.size,
+        mine=parallel.mine(mesh),
+    )
+
+
+def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> AdvanceFn:
     """One update with its average; after one that is not finite, none changes anything.
 
     So nobody has to wait for the device after every update to know that it went well.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def advance(moving: Moving, batch: Batch) -> tuple[Moving, dict[str, Array]]:
         before = moving.state
         after, info = step(before, batch)
@@ -260,89 +293,83 @@ class _Loop(NamedTuple):
 
     recipe: Recipe
     settings: FitSettings
-    feed: Feed
+    spread: Spread
+    mesh: Mesh
     advance: AdvanceFn
     validate: Callable[[Params], dict[str, float]]
     checkpoints: Checkpoints
+    stop: StopFn | None
 
     def judged(self, run: Run) -> Params:
         """The parameters to judge and to keep: averages, where there are any."""
-        state = run.moving.state
-        return merge(self.recipe, state._replace(trainable=_averages(run, self.settings)))
+        moving = parallel.local(run.moving)
+        averages = _averages(moving, self.settings)
+        return merge(self.recipe, moving.state._replace(trainable=averages))
 
     def updates(self, run: Run) -> Iterator[Batch]:
-        """The rest of the batches of an epoch; stacked, where an update takes several."""
-        settings, train = self.settings, self.feed.train
-        number, start = run.progress.epoch + 1, run.progress.batch
-        if settings.accumulate == 1:
-            batches = train.epoch(number, seed=settings.seed, dtype=settings.dtype, start=start)
-        else:
-            batches = data.updates(
-                train,
-                settings.accumulate,
-                number,
-                seed=settings.seed,
-                dtype=settings.dtype,
-                start=start,
-            )
-        return data.prefetch(batches)
-
-    def num_updates(self) -> int:
-        return -(-self.feed.train.num_batches // self.settings.accumulate)
+        """The rest of the updates of an epoch, on the devices."""
+        batches = self.spread.epoch(run.progress.epoch + 1, run.progress.batch)
+        return data.prefetch(parallel.spread(self.mesh, batch) for batch in batches)
 
 
-def _averages(run: Run, settings: FitSettings) -> Trainable:
+def _averages(moving: Moving, settings: FitSettings) -> Trainable:
     if settings.ema_decay is not None:
-        return run.moving.ema
-    return optimizer.evaluated(run.moving.state.opt_state, run.moving.state.trainable)
+        return moving.ema
+    return optimizer.evaluated(moving.state.opt_state, moving.state.trainable)
 
 
 def _epoch(run: Run, loop: _Loop, display: Display) -> Run:
     """The rest of one pass over the training frames; its losses stay in the progress."""
     settings, number = loop.settings, run.progress.epoch + 1
-    total = loop.num_updates() - run.progress.batch
-    pending: list[tuple[np.ndarray, dict[str, Array]]] = []
+    total = loop.spread.num_updates - run.progress.batch
+    before = (number - 1) * loop.spread.num_updates
+    pending: list[dict[str, Array]] = []
     for batch in display.track(loop.updates(run), total=total, label=f"epoch {number}"):
         moving, info = loop.advance(run.moving, batch)
         run = run._replace(moving=moving)
-        pending.append((batch.frame, info))
+        pending.append(info)
         done = run.progress.batch + len(pending)
         is_due = settings.checkpoint_every is not None and done % settings.checkpoint_every == 0
-        if is_due or len(pending) == SYNCHRONISE:
+        is_over = loop.stop is not None and loop.stop(before + done)
+        if is_due or is_over or len(pending) == SYNCHRONISE:
             run, pending = _looked_at(run, loop, pending), []
-        if is_due:
+        if is_due or is_over:
             run.save(loop.checkpoints)
+        if is_over:
+            raise Preempted(
+                f"asked to stop, and saved after update {done} of epoch {number}; the same command "
+                "with --restart auto goes on, on as many devices as there are then."
+            )
     return _looked_at(run, loop, pending)
 
 
-def _looked_at(run: Run, loop: _Loop, pending: list[tuple[np.ndarray, dict[str, Array]]]) -> Run:
+def _looked_at(run: Run, loop: _Loop, pending: list[dict[str, Array]]) -> Run:
     """The run with the losses of the last updates, which were all finite."""
-    infos = jax.device_get([info for _, info in pending])
+    infos = jax.device_get(pending)
     sound = list(itertools.takewhile(lambda info: info["is_sound"], infos))
     losses = (*run.progress.losses, *(float(info["loss"]) for info in sound))
     run = run._replace(progress=run.progress._replace(batch=len(losses), losses=losses))
     if len(sound) < len(infos):
         run.save(loop.checkpoints)
-        frames, info = pending[len(sound)][0], infos[len(sound)]
-        raise NonFiniteError(_not_finite(run, loop.feed.train, frames, info))
+        raise NonFiniteError(_not_finite(run, loop.spread, infos[len(sound)]))
     return run
 
 
-def _not_finite(run: Run, train: Mixture, frames: np.ndarray, info: Mapping[str, Any]) -> str:
-    names = "\n  ".join(train.dataset.frames[i].source for i in np.ravel(frames) if i >= 0)
+def _not_finite(run: Run, spread: Spread, info: Mapping[str, Any]) -> str:
+    number, update = run.progress.epoch + 1, run.progress.batch
+    places = np.concatenate([x for part in spread.frames(number, update) for x in part])
+    names = "\n  ".join(spread.train.dataset.frames[i].source for i in places)
     return (
         f"loss {float(info['loss'])} and gradient norm {float(info['gradient_norm'])} are not "
-        f"finite in epoch {run.progress.epoch + 1}, update {run.progress.batch + 1}, after "
+        f"finite in epoch {number}, update {update + 1}, after "
         f"{int(run.moving.state.step)} updates in all, for the frames\n  {names}\n"
         "The state before it is saved. Check these frames, or lower the learning rate."
     )
 
 
-def _recorded(
-    run: Run, row: dict[str, float], settings: FitSettings
-) -> tuple[Run, dict[str, float]]:
+def _recorded(run: Run, row: dict[str, float], loop: _Loop) -> tuple[Run, dict[str, float]]:
     """The run with one more epoch in its history, and the best parameters renewed."""
-    progress, moving = run.progress, run.moving
+    settings, progress, moving = loop.settings, run.progress, run.moving
     number = progress.epoch + 1
     value = row.get(settings.column, math.nan)
     if not math.isfinite(value):
@@ -355,7 +382,8 @@ def _recorded(
     plateau = settings.plateau
     if plateau is not None and number > 0:
         plateau = (Plateau(**progress.plateau) if progress.plateau else plateau).update(value)
-        opt_state = optimizer.set_factor(moving.state.opt_state, plateau.scale)
+        opt_state = optimizer.set_factor(parallel.local(moving.state.opt_state), plateau.scale)
+        opt_state = parallel.replicated(loop.mesh, opt_state)
         moving = moving._replace(state=moving.state._replace(opt_state=opt_state))
     progress = Progress(
         epoch=number,
@@ -364,5 +392,8 @@ def _recorded(
         history=(*progress.history, row),
         plateau=asdict(plateau) if plateau is not None and number > 0 else progress.plateau,
     )
-    best = tree.copy(_averages(run, settings)) if is_best else run.best
+    best = run.best
+    if is_best:
+        found = tree.copy(_averages(parallel.local(moving), settings))
+        best = parallel.replicated(loop.mesh, found)
     return Run(moving, best, progress), row

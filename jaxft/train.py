@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from jaxft import optimizer, tree
+from jaxft import optimizer, parallel, tree
+from jaxft.graph import Batch, totals_of
 from jaxft.strategies import base
 from jaxft.strategies.base import Recipe
 from jaxft.typing import Array, LossFn, Params
@@ -53,6 +55,7 @@ def finetune(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[InitFn, StepFn]:
     """Fine-tuning as a pair of functions, ``init(key, params)`` and ``step(state, batch)``.
 
@@ -74,6 +77,11 @@ def finetune(
         ``step`` takes that many batches stacked along a leading axis and sums their gradients: the
         gradient of one batch of all their frames, where they share their ``totals``
         (:func:`jaxft.data.with_shared_totals`).
+      mesh: devices that share every update, :func:`jaxft.parallel.mesh`. ``step`` then takes a
+        state that lies on all of them (:func:`jaxft.parallel.replicated`) and batches stacked along
+        a leading axis, one for each (:func:`jaxft.parallel.spread`), outside that of
+        ``accumulate``. It finds the common totals itself; the update is that of one batch of all
+        their frames.
 
     Returns:
       ``init`` copies what it is given, the caller's arrays stay valid. ``step`` is jitted and
@@ -89,11 +97,13 @@ def finetune(
     base.check_names(recipe)
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} micro-batches are no update; use >= 1.")
+    count = accumulate * (1 if mesh is None else mesh.size)
     means = [strategy.name for strategy in recipe if strategy.reads_batch]
-    if accumulate > 1 and means:
+    if count > 1 and means:
         raise ValueError(
             f"{', '.join(map(repr, means))} takes a mean over each batch, which accumulate="
-            f"{accumulate} cannot add up to that of one large batch;\nuse accumulate=1."
+            f"{accumulate} on {count // accumulate} devices cannot add up to that of one large "
+            "batch;\nuse accumulate=1 on one device."
         )
     chain = optax.chain(tx, *(strategy.tx for strategy in recipe))
 
@@ -116,7 +126,7 @@ def finetune(
         params = _effective(recipe, trainable, frozen)
         loss, info = loss_fn(params, batch)
         for name, penalty in base.penalties(recipe, params, frozen.consts, batch).items():
-            penalty = penalty / accumulate if accumulate > 1 else penalty
+            penalty = penalty / count if count > 1 else penalty  # each counts it, and they add
             loss = loss + penalty
             info = {**info, f"penalty/{name}": penalty}
         return loss, {**info, "loss": loss}
@@ -134,8 +144,15 @@ def finetune(
 
     differentiate = one if accumulate == 1 else several
 
+    def shared(trainable: Trainable, frozen: Frozen, batch: Any) -> tuple[Trainable, Any]:
+        # the gradient of what this device holds, then the sum: never the gradient of a sum
+        own = differentiate(trainable, frozen, _with_totals_of_all(batch))
+        return parallel.total(own)
+
+    find = differentiate if mesh is None else shared
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        gradient, info = differentiate(state.trainable, state.frozen, batch)
+        gradient, info = find(state.trainable, state.frozen, batch)
         norm = optax.tree.norm(gradient)
         is_finite = jnp.isfinite(norm) & jnp.isfinite(info["loss"])
         updates, opt_state = chain.update(gradient, state.opt_state, state.trainable)
@@ -149,7 +166,16 @@ def finetune(
         info = {**info, "gradient_norm": norm, "is_finite": is_finite}
         return TrainState(counter, trainable, state.frozen, opt_state), info
 
-    return init, jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return init, jax.jit(step, donate_argnums=0)
+    return init, parallel.per_device(mesh, step, donate=(0,))
+
+
+def _with_totals_of_all(batch: Batch) -> Batch:
+    """With the sums of the weights over all devices, and over micro-batches where there are any."""
+    totals = parallel.total(totals_of(batch.weights))
+    like = jax.tree.map(lambda total, own: jnp.full_like(own, total), totals, batch.totals)
+    return batch._replace(totals=like)
 
 
 def _check_averages(recipe: Recipe, opt_state: optax.OptState) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxft import data
+from jaxft import data, parallel
 from jaxft.data import Dataset
-from jaxft.graph import Batch
+from jaxft.graph import Batch, Weights, totals_of
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, LossFn, Params
 
@@ -28,12 +29,13 @@ def validator(
     weights: Mapping[str, float],
     batch_size: int,
     dtype: str,
+    mesh: Mesh,
 ) -> Callable[[Params], dict[str, float]]:
     """A function ``params -> {<set>/<metric>: value}``.
 
     Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³), where a
     set has such labels, and the weighted ``loss`` of its terms that have any. All are summed over
-    the set and divided once, so they do not depend on the batches.
+    the set and divided once, so they depend neither on the batches nor on the devices.
 
     Args:
       model: the potential.
@@ -42,10 +44,21 @@ def validator(
       weights: λ of the loss's terms.
       batch_size: frames per batch.
       dtype: of the batches.
+      mesh: the devices that share every batch.
     """
+    here = parallel.mine(mesh)
+    batches = {
+        name: data.Spread(
+            data.alone(dataset, batch_size), seed=None, dtype=dtype, parts=mesh.size, mine=here
+        )
+        for name, dataset in sets.items()
+    }
 
-    @jax.jit
-    def measured(params: Params, batch: Batch) -> tuple[dict[str, Array], dict[str, Array]]:
+    def measured(
+        params: Params, batch: Batch
+    ) -> tuple[dict[str, Array], dict[str, Array], Weights]:
+        totals = parallel.total(totals_of(batch.weights))
+        batch = batch._replace(totals=totals)
         _, terms = loss_fn(params, batch)
         like = jax.tree.map(lambda leaf: leaf.astype(batch.graph.vectors.dtype), params)
         predicted = predict(model, like, batch.graph)
@@ -56,18 +69,21 @@ def validator(
             "stress": jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1)),
         }
         sums = {name: jnp.sum(getattr(batch.weights, name) * x) for name, x in squares.items()}
-        return sums, {name: terms[name] for name in weights}
+        added = parallel.total((sums, {name: terms[name] for name in weights}))
+        return *added, totals
 
-    def judge(params: Params, dataset: Dataset) -> dict[str, float]:
+    measure = parallel.per_device(mesh, measured)
+
+    def judge(params: Params, parts: data.Spread) -> dict[str, float]:
         squares, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
         losses = dict.fromkeys(weights, 0.0)
-        for batch in data.epoch(dataset, batch_size, dtype=dtype):
-            sums, terms = jax.device_get(measured(params, batch))
+        for batch in parts.epoch(0):
+            sums, terms, totals = jax.device_get(measure(params, parallel.spread(mesh, batch)))
             for name in METRICS:
                 squares[name] += float(sums[name])
-                counts[name] += float(getattr(batch.totals, name))
+                counts[name] += float(getattr(totals, name))
             for name, mean in terms.items():
-                losses[name] += float(mean) * float(getattr(batch.totals, TOTALS[name]))
+                losses[name] += float(mean) * float(getattr(totals, TOTALS[name]))
         found = {name: math.sqrt(squares[name] / counts[name]) for name in METRICS if counts[name]}
         labelled = {name: weight for name, weight in weights.items() if counts[TOTALS[name]]}
         if labelled:
@@ -75,10 +91,11 @@ def validator(
         return found
 
     def validate(params: Params) -> dict[str, float]:
+        everywhere = parallel.replicated(mesh, params)
         return {
             f"{name}/{metric}": value
-            for name, dataset in sets.items()
-            for metric, value in judge(params, dataset).items()
+            for name, parts in batches.items()
+            for metric, value in judge(everywhere, parts).items()
         }
 
     return validate

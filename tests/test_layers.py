@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: ["tree", "typing", "version", "compilation"],
-    1: ["graph", "source"],
+    1: ["graph", "source", "parallel"],
     2: ["models", "data", "strategies"],
     3: ["potential", "loss", "fisher", "fisherfile", "calibration", "surgery", "testing"],
     4: [

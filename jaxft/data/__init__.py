@@ -1,6 +1,6 @@
 """Frames, neighbour lists and batches."""
 
-from jaxft.data.accumulate import updates
+from jaxft.data.accumulate import Spread, updates
 from jaxft.data.audit import Audit, audit
 from jaxft.data.batches import (
     USUAL,
@@ -52,6 +52,7 @@ __all__ = [
     "Mixture",
     "Padding",
     "Shape",
+    "Spread",
     "alone",
     "atom_features_of",
     "audit",

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,17 @@ class Part:
         return self.indices.start + passes(key, len(self.indices), start, stop)
 
 
+class Kind(NamedTuple):
+    """Batches of the target, or of one alternating source."""
+
+    first: int
+    """Position of the first one in a period."""
+    size: int
+    """Frames of the largest."""
+    most: tuple[int, int]
+    """Atoms and rows that none exceeds."""
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """Batches of target and sources; made by :func:`jaxft.data.mixture`.
@@ -67,7 +78,7 @@ class Mixture:
     @property
     def num_batches(self) -> int:
         """Per epoch, the same in all; each is one update."""
-        if self._is_alone:
+        if self.is_alone:
             return num_batches(self.dataset, self.size)
         return self._slots.num_batches * self._period
 
@@ -77,7 +88,8 @@ class Mixture:
         return tuple(part for part in self.parts if part.schedule == "alternate")
 
     @property
-    def _is_alone(self) -> bool:
+    def is_alone(self) -> bool:
+        """Whether no source brings frames."""
         return len(self) == len(self.dataset)
 
     @functools.cached_property
@@ -104,7 +116,7 @@ class Mixture:
         Seeds matter without sources alone, where they also say which batches have a frame less.
         """
         found = dict.fromkeys((part.name for part in self.parts), 0)
-        if self._is_alone:
+        if self.is_alone:
             return found | {TARGET: len(self.indices(number, batch, seed=seed))}
         cycle, update = divmod(batch, self._period)
         if update:
@@ -117,7 +129,7 @@ class Mixture:
 
     def indices(self, number: int, batch: int, *, seed: int | None) -> np.ndarray:
         """Positions in ``dataset`` of one batch; arguments as :meth:`epoch`."""
-        if self._is_alone:
+        if self.is_alone:
             return _batches_alone(self.dataset, self.size, number, seed)[batch]
         cycle, update = divmod(batch, self._period)
         if not update:
@@ -142,49 +154,72 @@ class Mixture:
           start: skip this many batches (to resume inside an epoch).
         """
         data, size = self.dataset, self.size
-        if self._is_alone:
+        if self.is_alone:
             yield from epoch(data, size, dtype=dtype, seed=seed, number=number, start=start)
             return
         for batch in range(start, self.num_batches):
             chosen = self.indices(number, batch, seed=seed)
-            update = batch % self._period
-            name = self._updates[update - 1][0].name if update else TARGET
             sizes = data.nodes[chosen].sum(), data.rows[chosen].sum()
-            yield pack(data, chosen, smallest(self._ladders[name], *sizes), dtype)
+            yield pack(data, chosen, smallest(self.ladders[self.kind(batch)], *sizes), dtype)
+
+    def kind(self, batch: int) -> str:
+        """What a batch is called: the target's, or that of its alternating source."""
+        update = batch % self._period
+        return self._updates[update - 1][0].name if update else TARGET
 
     @property
     def shapes(self) -> list[Shape]:
         """All static shapes, ascending: at most six for the target's batches and for each
         alternating source."""
-        return sorted({shape for ladder in self._ladders.values() for shape in ladder})
+        return sorted({shape for ladder in self.ladders.values() for shape in ladder})
 
     @functools.cached_property
-    def _ladders(self) -> dict[str, list[Shape]]:
-        """Static shapes by what batches are called: the target's, and each alternating part's."""
-        if self._is_alone:
-            return {TARGET: shapes(self.dataset, self.size)}
-        bounds = most(self._slots.largest, [part.share for part in self._mixed])
+    def kinds(self) -> dict[str, Kind]:
+        """By :meth:`kind`."""
+        largest = self._slots.largest
+        if self.is_alone:
+            sizes = np.sort(self._sizes, axis=0)[-largest:].sum(axis=0)
+            return {TARGET: Kind(0, largest, (int(sizes[0]), int(sizes[1])))}
+        bounds = most(largest, [part.share for part in self._mixed])
         held = list(zip(self._mixed, bounds, strict=True))
-        found = {TARGET: self._ladder(0, self._slots.largest, held)}
+        found = {TARGET: Kind(0, largest, self._most(held))}
         for update, (part, step) in enumerate(self._updates, start=1):
             if step == 0:
-                found[part.name] = self._ladder(update, part.size, [(part, part.size)])
+                found[part.name] = Kind(update, part.size, self._most([(part, part.size)]))
         return found
 
-    def _ladder(self, update: int, size: int, held: Sequence[tuple[Part, int]]) -> list[Shape]:
-        """As :func:`jaxft.data.shapes`, for batches of at most so many frames of each part."""
-        looks = max(1, min(SIMULATED, 64 * SIMULATED // size))
-        sizes = np.stack([self.dataset.nodes, self.dataset.rows], axis=1)
-        seen = [
-            sizes[self.indices(number, cycle * self._period + update, seed=0)].sum(axis=0)
-            for number, cycle in (divmod(look, self._slots.num_batches) for look in range(looks))
-        ]
+    @functools.cached_property
+    def ladders(self) -> dict[str, list[Shape]]:
+        """Static shapes by :meth:`kind`."""
+        if self.is_alone:
+            return {TARGET: shapes(self.dataset, self.size)}
+        return {name: self._ladder(kind) for name, kind in self.kinds.items()}
+
+    def examples(self, kind: Kind) -> Iterator[np.ndarray]:
+        """Positions of the frames of batches as they will come, to choose static shapes by."""
+        looks = max(1, min(SIMULATED, 64 * SIMULATED // kind.size))
+        for look in range(looks):
+            number, cycle = divmod(look, self._slots.num_batches)
+            yield self.indices(number, cycle * self._period + kind.first, seed=0)
+
+    def _ladder(self, kind: Kind) -> list[Shape]:
+        """As :func:`jaxft.data.shapes`, for batches of one kind."""
+        seen = np.array([self._sizes[chosen].sum(axis=0) for chosen in self.examples(kind)])
+        width = self.dataset.row_width
+        return ladder(seen, n_graph=kind.size + 1, row_width=width, most=kind.most)
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        """[frames, 2] atoms and rows."""
+        return np.stack([self.dataset.nodes, self.dataset.rows], axis=1)
+
+    def _most(self, held: Sequence[tuple[Part, int]]) -> tuple[int, int]:
+        """Atoms and rows of batches of at most so many frames of each part."""
         n_node, n_row = (
             sum(largest_draw(column[list(p.indices)], n, 2 * WINDOW * n) for p, n in held)
-            for column in sizes.T
+            for column in self._sizes.T
         )
-        width = self.dataset.row_width
-        return ladder(np.array(seen), n_graph=size + 1, row_width=width, most=(n_node, n_row))
+        return n_node, n_row
 
     def describe(self) -> list[str]:
         """What is mixed how, a line per part."""
