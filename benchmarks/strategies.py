@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
 import jax
 import optax
 import torch
+from common import WEIGHTS, structures
 from reference import ARCHITECTURES, build
-from train_step import WEIGHTS, structures
 
 from converters.to_jax import convert
 from jaxft import data, finetune, loss, tree
