@@ -171,6 +171,7 @@ class Config(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: int = Field(ge=1)
     batch_size: int = Field(8, ge=1)
+    """Frames per batch, over all devices."""
     accumulate: int = Field(1, ge=1)
     """Batches per update."""
     ema_decay: float | None = Field(0.999, ge=0, lt=1)

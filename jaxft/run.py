@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxft import adapter, bundle, inputs, optimizer, outcome, train
+from jaxft import adapter, bundle, inputs, optimizer, outcome, parallel, train
 from jaxft import config as configs
 from jaxft.config import Config
+from jaxft.data.accumulate import check_parts
 from jaxft.display import Display
 from jaxft.evaluate.predictions import FrameResult, predict_frames
 from jaxft.fit import FitResult, FitSettings, fit
@@ -42,54 +44,89 @@ class RunResult:
 
 
 def finetune(
-    config: Config, *, console: Console | None = None, restart: str = "never"
+    config: Config,
+    *,
+    console: Console | None = None,
+    restart: str = "never",
+    devices: int | None = None,
 ) -> RunResult:
     """Run a config.
 
     Everything that can be refused is refused before the training step is compiled, and before the
-    output folder is made.
+    output folder is made. With several processes all of them call this, and the first one writes
+    and prints.
 
     Args:
       config: checked settings.
       console: for progress and tables.
       restart: ``never`` refuses an output that exists; ``auto`` continues the run in it, if there
         is one; ``always`` refuses to begin anew.
+      devices: of each process to use; None is all.
 
     Raises:
-      ValueError, FileExistsError: input that cannot be used.
+      ValueError, FileExistsError: input that cannot be used; with several processes in one of them.
       NonFiniteError: the run diverged.
+      Preempted: SIGTERM came while it trained; it is saved, ``restart="auto"`` goes on.
     """
-    console = console or Console(quiet=True)
+    is_writer = parallel.is_first()
+    console = console if console is not None and is_writer else Console(quiet=True)
     output = Path(config.output)
-    _check_output(output, config, restart)
-    given = inputs.read(config, console)
-    tx, schedule = _optimizer(config, given)
-    before = _predict_tests(config, given, given.params)
-    logger = _logger(config)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG).write_text(configs.to_yaml(config))
+    with parallel.together("reading the input"):
+        mesh = parallel.mesh(devices)
+        check_parts(config.batch_size, mesh.size)
+        _check_output(output, config, restart)
+        given = inputs.read(config, console)
+        tx, schedule = _optimizer(config, given, mesh)
+        before = _predict_tests(config, given, given.params)
+        logger = _logger(config) if is_writer else Logs([])
+    with parallel.together("making the output"):
+        if is_writer:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / CONFIG).write_text(configs.to_yaml(config))
+    console.print(_devices(mesh), highlight=False)
     display = Display(console, initial_error=MISMATCH)
-    fitted = _fit(config, given, tx, schedule, display, logger)
+    fitted = _fit(config, given, tx, schedule, display, logger, mesh)
     path = output / MODEL
+    after = _predict_tests(config, given, fitted.params)
+    judged = [
+        Judged(name, frames, before[name], after[name], config.test[name].e0s == "base")
+        for name, frames in given.tests.items()
+    ]
+    with parallel.together("writing the results"):
+        if is_writer:
+            _write(config, given, fitted, judged, path, console)
+    return RunResult(given.model, fitted, judged, path)
+
+
+def _write(
+    config: Config,
+    given: Inputs,
+    fitted: FitResult,
+    judged: list[Judged],
+    path: Path,
+    console: Console,
+) -> None:
+    """Bundle, adapter and report, as far as they are not there yet."""
+    output = path.parent
     if path.exists():
         console.print(f"{path} exists and is kept; the run was complete.")
     else:
         _save_adapter(config, given, fitted, output / ADAPTER, console)
         bundle.save(path, given.model, fitted.params, provenance=_provenance(config, fitted))
         console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
-    after = _predict_tests(config, given, fitted.params)
-    judged = [
-        Judged(name, frames, before[name], after[name], config.test[name].e0s == "base")
-        for name, frames in given.tests.items()
-    ]
     if judged:
         console.print(outcome.comparison(judged))
     outcome.show(config, given, fitted, judged, output, console)
-    return RunResult(given.model, fitted, judged, path)
+
+
+def _devices(mesh: Mesh) -> str:
+    processes, first = jax.process_count(), mesh.devices.flat[0]
+    where = f" of {processes} processes" if processes > 1 else ""
+    return f"trains on {mesh.size} × {first.device_kind} ({first.platform}){where}"
 
 
 def _optimizer(
-    config: Config, given: Inputs
+    config: Config, given: Inputs, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of a run and its learning rate; refuses what does not fit the recipe."""
     chosen = config.optimizer
@@ -114,7 +151,7 @@ def _optimizer(
         eps=chosen.eps,
     )
     init, _ = train.finetune(
-        objective(config, given.model), given.recipe, tx, accumulate=config.accumulate
+        objective(config, given.model), given.recipe, tx, accumulate=config.accumulate, mesh=mesh
     )
     init(jax.random.key(config.seed), given.params)
     return tx, schedule
@@ -127,6 +164,7 @@ def _fit(
     schedule: optax.Schedule,
     display: Display,
     logger: Logger,
+    mesh: Mesh,
 ) -> FitResult:
     plateau = config.optimizer.plateau
     settings = FitSettings(
@@ -143,22 +181,25 @@ def _fit(
         keep_checkpoints=config.keep_checkpoints,
         loss_weights=config.loss.weights,
     )
-    return fit(
-        given.model,
-        given.params,
-        train=given.train,
-        valid=given.valid,
-        watch=given.watch,
-        loss_fn=objective(config, given.model),
-        recipe=given.recipe,
-        tx=tx,
-        settings=settings,
-        directory=Path(config.output),
-        schedule=schedule,
-        identity=_identity(config),
-        display=display,
-        logger=logger,
-    )
+    with parallel.preemption() as stop:
+        return fit(
+            given.model,
+            given.params,
+            train=given.train,
+            valid=given.valid,
+            watch=given.watch,
+            loss_fn=objective(config, given.model),
+            recipe=given.recipe,
+            tx=tx,
+            settings=settings,
+            directory=Path(config.output),
+            schedule=schedule,
+            identity=_identity(config),
+            display=display,
+            logger=logger,
+            mesh=mesh,
+            stop=stop,
+        )
 
 
 def _identity(config: Config) -> dict[str, str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 console = Console(markup=False)  # names and paths may hold brackets
-EXIT_INPUT, EXIT_DIVERGED = 1, 3
+EXIT_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = 1, 3, 143
 
 
 class Dtype(StrEnum):
@@ -40,24 +40,41 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of the user's input become one message and exit code 1, divergence exit code 3."""
+    """Errors of the user's input become one message and exit code 1, divergence exit code 3, being
+    asked to stop 143."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(EXIT_INPUT) from error
-        except RuntimeError as error:
-            from jaxft.fit import NonFiniteError
+            from jaxft.parallel import Refused
 
-            if not isinstance(error, NonFiniteError):
+            _leave(error, EXIT_INPUT, is_common=isinstance(error, Refused))
+        except RuntimeError as error:
+            from jaxft.fit import NonFiniteError, Preempted
+
+            if not isinstance(error, NonFiniteError | Preempted):
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(EXIT_DIVERGED) from error
+            is_preempted = isinstance(error, Preempted)
+            _leave(error, EXIT_PREEMPTED if is_preempted else EXIT_DIVERGED, is_common=True)
 
     return wrapped
+
+
+def _leave(error: Exception, code: int, *, is_common: bool) -> NoReturn:
+    """Say what is wrong and exit.
+
+    A process whose error the others do not share, and who wait for it, goes without a word to them:
+    that is what they notice.
+    """
+    import jax
+
+    what = "stopped" if code == EXIT_PREEMPTED else "error"
+    print(f"{what}: {error}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and not is_common:
+        os._exit(code)
+    raise typer.Exit(code) from error
 
 
 def use(dtype: str | None) -> None:
@@ -72,8 +89,8 @@ def use(dtype: str | None) -> None:
 def keep_programs() -> Any:
     """Where compiled programs are kept: ``$JAXFT_XLA_CACHE``, a folder or ``off``, or the default.
 
-    A default that cannot be made or read, as in a container without a home, is no reason to
-    compute nothing; a folder that was asked for is.
+    A default that cannot be used, in a container without a home say, is no reason to compute
+    nothing, and is told on stderr; a folder that was asked for is an error.
     """
     from jaxft import compilation
 
@@ -84,8 +101,9 @@ def keep_programs() -> Any:
         return compilation.enable_cache(chosen)
     try:
         return compilation.enable_cache()
-    except OSError as error:
-        return compilation.disable_cache(f"{error}; JAXFT_XLA_CACHE=FOLDER keeps them elsewhere")
+    except (OSError, ValueError) as error:
+        print(f"note: every run compiles anew: {error}", file=sys.stderr)
+        return compilation.disable_cache("the default folder cannot be used")
 
 
 def load(bundle: Path, dtype: Dtype | None, head: str | None) -> tuple[Any, Any]:

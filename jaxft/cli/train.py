@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,12 +36,41 @@ def finetune(
             help="auto: resume the run in the output folder, if there is one; always: or fail."
         ),
     ] = Restart.never,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="To use, of each process; default: all.")
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of process 0, to work with others; in each."),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="With --coordinator.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="With --coordinator; from 0.")] = None,
+    distributed: Annotated[
+        bool | None,
+        typer.Option(
+            "--distributed/--no-distributed",
+            help="Find the other processes, or work alone; default: find them under srun, mpirun.",
+        ),
+    ] = None,
+    start_timeout: Annotated[int, typer.Option(help="Seconds to wait for the others.")] = 300,
 ) -> None:
     """Fine-tune as CONFIG says; key=value overrides it (optimizer.learning_rate=1e-4)."""
+    from jaxft import parallel
+
+    group = parallel.group(
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        distributed=distributed,
+        timeout=start_timeout,
+        environment=os.environ,
+    )
     settings = _settings(config, overrides)
+    if group is not None:
+        console.print(parallel.start(group), highlight=False)
     from jaxft import run
 
-    run.finetune(settings, console=console, restart=restart.value)
+    run.finetune(settings, console=console, restart=restart.value, devices=devices)
 
 
 @app.command()

@@ -46,11 +46,7 @@ class Spread:
             raise ValueError(
                 "batches of alternating sources are updates of their own; use count=1."
             )
-        if self.train.size < self.parts:
-            raise ValueError(
-                f"batches of {self.train.size} frames cannot be spread over {self.parts} devices; "
-                f"use a batch_size of at least {self.parts}, or fewer devices."
-            )
+        check_parts(self.train.size, self.parts)
 
     @property
     def num_updates(self) -> int:
@@ -171,6 +167,15 @@ def updates(
     spread = Spread(train, seed=seed, dtype=dtype, count=count)
     for (batches,) in spread.batches(number, start):
         yield _stacked(with_shared_totals(batches))
+
+
+def check_parts(size: int, parts: int) -> None:
+    """Raises ValueError if batches of ``size`` frames leave devices without any."""
+    if size < parts:
+        raise ValueError(
+            f"batch_size={size} frames, over all devices, cannot be spread over {parts} of them;\n"
+            f"use a batch_size of at least {parts}, or fewer devices (--devices)."
+        )
 
 
 def deal(frames: np.ndarray, costs: np.ndarray, parts: int) -> list[np.ndarray]:
