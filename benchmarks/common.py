@@ -572,26 +572,29 @@ def require_parity(deviations: Mapping[str, float], dtype: str) -> None:
         )
 
 
-def parser(description: str, *, models: Sequence[str] = MODELS) -> argparse.ArgumentParser:
-    """The options that the scripts have in common."""
+def parser(
+    description: str, *, models: Sequence[str] = MODELS, sides: Sequence[str] = ("torch", "jaxft")
+) -> argparse.ArgumentParser:
+    """The options that the scripts have in common; fewer where jaxft is alone."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--model", choices=models, help=f"default {FULL['model']}")
     found.add_argument("--dtype", choices=sorted(LIMITS), default="float32")
     found.add_argument("--rounds", type=int, help=f"steady ones; default {FULL['rounds']}")
-    found.add_argument("--cells", type=int, help="crystals of 8 cells³ atoms; default 2")
-    found.add_argument("--repeats", type=int, default=1, help="times four crystals")
     found.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    found.add_argument("--malloc", choices=("both", "default", "tuned"), default="both")
-    found.add_argument("--quick", action="store_true", help="seconds: tiny, to try the script")
-    found.add_argument("--wrong", action="store_true", help="give jaxft one wrong weight")
-    output(found)
+    found.add_argument("--quick", action="store_true", help="tiny, to try the script")
+    if "torch" in sides:
+        found.add_argument("--cells", type=int, help="crystals of 8 cells³ atoms; default 2")
+        found.add_argument("--repeats", type=int, default=1, help="times four crystals")
+        found.add_argument("--malloc", choices=("both", "default", "tuned"), default="both")
+        found.add_argument("--wrong", action="store_true", help="give jaxft one wrong weight")
+    output_options(found)
     return found
 
 
-def output(found: argparse.ArgumentParser) -> None:
+def output_options(found: argparse.ArgumentParser) -> None:
     """The options that say where results go."""
     found.add_argument("--json", action="store_true", help="only the last line")
-    found.add_argument("--write", action="store_true", help="merge the case into results/")
+    found.add_argument("--write", action="store_true", help="merge the case into results/NAME.json")
 
 
 def parse(found: argparse.ArgumentParser) -> argparse.Namespace:
