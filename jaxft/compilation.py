@@ -62,9 +62,10 @@ def enable_cache(folder: str | Path | None = None, *, max_bytes: int = MAX_BYTES
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return Cache(None, "JAX's compilation cache is switched off")
     if folder is None and given is not None:
-        return Cache(Path(given), "given to JAX")
+        return Cache(Path(given), "set before")
     path = (_default_folder() if folder is None else Path(folder).expanduser()).absolute()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)  # pathlib would give parents the umask's mode
     path = path.resolve()
     _check_private(path)
     _prune(path, max_bytes)
@@ -88,6 +89,14 @@ def disable_cache(reason: str) -> Cache:
     return Cache(None, reason)
 
 
+def cache() -> Cache:
+    """What holds now, for the log; changes nothing."""
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return Cache(None, "switched off")
+    return Cache(None, "no folder is set") if folder is None else Cache(Path(folder), "in use")
+
+
 def _default_folder() -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(caches) / "jaxft" / "xla" / _kind_of_cpu()
@@ -104,13 +113,15 @@ def _kind_of_cpu() -> str:
 
 
 def _check_private(folder: Path) -> None:
-    """Raises ValueError if another user could put files there, or exchange the folder."""
+    """Raises ValueError if another user could change what is there, or exchange the folder."""
     if os.name != "posix":
         return
-    for path in (folder, *folder.parents):
-        info = path.stat()
+    for path in (folder, *folder.glob("*-cache"), *folder.parents):
+        info = _stat(path)
+        if info is None:
+            continue
         others, owners = stat.S_IWGRP | stat.S_IWOTH, {os.getuid()}
-        if path != folder:
+        if path in folder.parents:
             owners.add(0)
             if info.st_gid == info.st_uid:  # a user's own group, as Debian and Red Hat make them
                 others = stat.S_IWOTH

@@ -51,7 +51,7 @@ def compile_afresh(scale):
     return count
 
 
-def test_a_kept_program_is_loaded_not_compiled_again(cache):
+def test_a_kept_program_is_loaded_not_compiled_again(cache, tmp_path):
     assert enable_cache(cache).folder == cache
     first = compile_afresh(3.25)
     assert (first.compiled, first.loaded) == (1, 0)
@@ -59,14 +59,32 @@ def test_a_kept_program_is_loaded_not_compiled_again(cache):
     assert (again.compiled, again.loaded) == (0, 1)
     other = compile_afresh(3.5)
     assert (other.compiled, other.loaded) == (1, 0)
+    moved = enable_cache(tmp_path / "moved").folder
+    compile_afresh(3.75)
+    assert len(list(moved.glob("*-cache"))) > 0
 
 
 def test_the_folder_is_its_owners_alone(cache, tmp_path):
     assert enable_cache(cache).folder.stat().st_mode & 0o777 == 0o700
     jax.config.update("jax_compilation_cache_dir", None)
-    default = enable_cache().folder
+    umask = os.umask(0)
+    try:
+        default = enable_cache().folder
+    finally:
+        os.umask(umask)
     assert default.is_relative_to(tmp_path / "jaxft" / "xla")
-    assert default.stat().st_mode & 0o777 == 0o700
+    for made in (default, default.parent, tmp_path / "jaxft"):
+        assert made.stat().st_mode & 0o777 == 0o700
+
+
+def test_programs_that_others_can_change_are_refused(cache):
+    cache.mkdir(mode=0o755)
+    program = cache / "jit_step-cache"
+    program.touch()
+    assert enable_cache(cache).folder == cache
+    program.chmod(0o666)
+    with pytest.raises(ValueError, match=f"write to {program} "):
+        enable_cache(cache)
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
@@ -95,7 +113,7 @@ def test_a_folder_that_others_can_exchange_is_refused(cache, tmp_path):
 
 def test_what_jax_was_given_is_respected(cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    assert enable_cache() == (tmp_path / "own", "given to JAX")
+    assert enable_cache() == (tmp_path / "own", "set before")
     assert jax.config.jax_persistent_cache_min_compile_time_secs > 0
     jax.config.update("jax_enable_compilation_cache", False)
     assert enable_cache(cache).folder is None
@@ -104,7 +122,9 @@ def test_what_jax_was_given_is_respected(cache, tmp_path):
 
 def test_an_unsafe_backend_keeps_nothing(cache):
     enable_cache(cache)
+    assert compilation.cache() == (cache, "in use")
     off = disable_cache("programs hold handles of this process")
+    assert compilation.cache() == (None, "switched off")
     assert str(off) == "not kept: programs hold handles of this process"
     assert compile_afresh(4.75).compiled == 1
     assert compile_afresh(4.75).compiled == 1
@@ -144,7 +164,8 @@ def test_commands_keep_programs_where_the_environment_says(cache, monkeypatch, s
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     result = CliRunner().invoke(app, ["info", str(bundle)])
     assert result.exit_code == 0
-    assert "not kept: " in result.stdout
+    assert "not kept: the default folder cannot be used" in result.stdout
+    assert "note: every run compiles anew: " in result.stderr
 
 
 def test_the_library_changes_nothing_and_programs_know_their_devices():

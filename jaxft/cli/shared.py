@@ -101,7 +101,7 @@ def keep_programs() -> Any:
         return compilation.enable_cache(chosen)
     try:
         return compilation.enable_cache()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
         print(f"note: every run compiles anew: {error}", file=sys.stderr)
         return compilation.disable_cache("the default folder cannot be used")
 
