@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from jaxft.graph import Graph, sum_rows
+from jaxft.models.dots import mix
 from jaxft.models.irreps import Features, Path
 from jaxft.typing import Array
 
@@ -44,7 +45,8 @@ def convolve(
         coupling = jnp.asarray(path.coupling, weights.dtype)
         angular = jnp.einsum("rkj,ijm->rkim", harmonics[path.edge], coupling)
         weighted = sent[path.node] * weights[:, :, None, :]
-        rows = jnp.einsum("rkim,rkic->rmc", angular, weighted)
+        r, k, i, m = angular.shape
+        rows = mix(angular.reshape(r, k * i, m), weighted.reshape(r, k * i, -1))
         slots.setdefault(path.out, []).append(rows)
     merged = {name: jnp.concatenate(rows, axis=-1) for name, rows in slots.items()}
     return {name: sum_rows(rows, graph) for name, rows in merged.items()}

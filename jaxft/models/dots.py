@@ -1,0 +1,101 @@
+"""Products of many small matrices with long rows, never transposing the long rows.
+
+Three products of the same three kinds of arrays, per row r of a batch::
+
+    mix:    short [k, m], long [k, c] -> wide [m, c]      sum over k
+    spread: short [k, m], wide [m, c] -> long [k, c]      sum over m
+    match:  long [k, c], wide [m, c] -> short [k, m]      sum over c
+
+Each is linear in both arguments, and the derivatives of one are the other two. They are primitives
+of their own for one reason: the transposes of ``jnp.einsum`` choose orders of operands in which
+XLA copies ``long`` into another layout before every product, on CPUs at the price of the product
+itself. Here ``short`` and ``wide``, which are smaller, are what is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxft.typing import Array
+
+
+def mix(short: Array, long: Array) -> Array:
+    """[R, k, m], [R, k, c] -> [R, m, c]."""
+    return _MIX.bind(short, long, precision=_precision())
+
+
+def spread(short: Array, wide: Array) -> Array:
+    """[R, k, m], [R, m, c] -> [R, k, c]."""
+    return _SPREAD.bind(short, wide, precision=_precision())
+
+
+def match(long: Array, wide: Array) -> Array:
+    """[R, k, c], [R, m, c] -> [R, k, m]."""
+    return _MATCH.bind(long, wide, precision=_precision())
+
+
+def _precision() -> str | None:
+    """Of the surrounding ``jax.default_matmul_precision``: derivatives are taken outside of it."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
+def _primitive(name: str, formula: str) -> Primitive:
+    def plain(a: Array, b: Array, precision: str | None) -> Array:
+        return jnp.einsum(formula, a, b, precision=precision)
+
+    def shape(a: Array, b: Array, precision: str | None) -> jax.core.ShapedArray:
+        out = jax.eval_shape(functools.partial(plain, precision=precision), a, b)
+        return jax.core.ShapedArray(out.shape, out.dtype)
+
+    def batch(
+        args: tuple[Array, Array], dims: tuple[int | None, int | None], precision: str | None
+    ) -> tuple[Array, int]:
+        return jax.vmap(functools.partial(plain, precision=precision), in_axes=dims)(*args), 0
+
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(plain, static_argnames="precision"))
+    primitive.def_abstract_eval(shape)
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=False))
+    return primitive
+
+
+_MIX = _primitive("mix", "rkm,rkc->rmc")
+_SPREAD = _primitive("spread", "rkm,rmc->rkc")
+_MATCH = _primitive("match", "rkc,rmc->rkm")
+
+ad.defbilinear(
+    _MIX,
+    lambda ct, _, long, precision: _MATCH.bind(long, ct, precision=precision),
+    lambda ct, short, _, precision: _SPREAD.bind(short, ct, precision=precision),
+)
+ad.defbilinear(
+    _SPREAD,
+    lambda ct, _, wide, precision: _MATCH.bind(ct, wide, precision=precision),
+    lambda ct, short, _, precision: _MIX.bind(short, ct, precision=precision),
+)
+ad.defbilinear(
+    _MATCH,
+    lambda ct, _, wide, precision: _SPREAD.bind(ct, wide, precision=precision),
+    lambda ct, long, _, precision: _MIX.bind(ct, long, precision=precision),
+)
+
+
+@jax.custom_jvp
+def pick(selector: Array, x: Array) -> Array:
+    """``selector @ x`` for one-hot rows [T, n] and x [n, c] -> [T, c], by copying rows.
+
+    Its derivative is the product, since the transpose of copying is a scatter.
+    """
+    return x[jnp.argmax(selector, axis=-1)]
+
+
+@pick.defjvp
+def _pick_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    selector, x = primals
+    return pick(selector, x), mix(selector.T[None], tangents[1][None])[0]
