@@ -8,7 +8,7 @@ Both get the same training and validation frames (files of DFT labels, see bench
 same foundation model, epochs, batch size, dtype, seed, loss, optimiser (amsgrad), starting rate,
 exponential decay to 1 %, clipping, EMA and "estimated" E0s; all parameters train. What is timed is
 what a user waits for: imports, data, compilation, training, validation, whatever each writes at the
-end. jaxft finds no compiled programs on disk, unless ``--warm`` lets a run before fill the cache.
+end. jaxft finds no compiled programs on disk, unless ``--warm`` does the same run once before.
 The test errors of both are judged by the same code, that of ``jaxft evaluate errors``, on frames
 that neither has seen.
 
@@ -240,11 +240,10 @@ def runs_of(run: Run, malloc: str, *, warm: bool) -> dict[str, tuple[float, Path
             )
             took = wall(mace_command(run, output), run.folder / f"{side}.log", **environment)
             found[side] = took, output / f"{run.name}.model"
-    cache = run.folder / ("cache" if warm else f"cache-{run.seed}")
-    cache.mkdir(mode=0o700, exist_ok=True)
+    cache = run.folder / f"cache-{run.seed}"
+    cache.mkdir(mode=0o700)
     output = run.folder / f"jaxft-{run.seed}"
-    first = warm and not any(cache.iterdir())
-    for _ in range(2 if first else 1):
+    for _ in range(2 if warm else 1):  # another seed has other batches, and so other programs
         shutil.rmtree(output, ignore_errors=True)
         command = jaxft_command(run, output)
         took = wall(command, run.folder / "jaxft.log", JAXFT_XLA_CACHE=str(cache))
