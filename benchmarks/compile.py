@@ -53,7 +53,7 @@ def build(model: str, folder: Path) -> None:
 
 def first_step(folder: Path, cache: Path, began: float) -> dict[str, object]:
     """Seconds by phase, what was compiled and how large the batch was, of this process."""
-    marks = [time.time()]
+    marks = [_now()]
     import jax
     import optax
 
@@ -63,33 +63,32 @@ def first_step(folder: Path, cache: Path, began: float) -> dict[str, object]:
     from jaxft import compilation, data, finetune, loss
 
     compilation.enable_cache(cache)
-    marks.append(time.time())
+    marks.append(_now())
     with compilation.counting() as count:
         model, params = convert(folder / "base.model")
-        marks.append(time.time())
+        marks.append(_now())
         frames = data.read([folder / "train.xyz"])
         dataset = data.prepare(frames, model)
         batch = next(data.epoch(dataset, len(frames), dtype="float32"))
-        marks.append(time.time())
+        marks.append(_now())
         init, step = finetune(loss.weighted(model, **WEIGHTS), (), optax.adam(1e-4))
         state = init(jax.random.key(0), params)
-        marks.append(time.time())
+        marks.append(_now())
         _ = model.constants
-        marks.append(time.time())
+        marks.append(_now())
         traced = step.trace(state, batch)
-        marks.append(time.time())
+        marks.append(_now())
         lowered = traced.lower()
-        marks.append(time.time())
+        marks.append(_now())
         program = lowered.compile()
-        marks.append(time.time())
+        marks.append(_now())
         jax.block_until_ready(program(state, batch))
-        marks.append(time.time())
-    phases = {}
-    for name, earlier, later in zip(PHASES, [began, *marks], marks, strict=False):
-        phases[name] = round(later - earlier, 3)
+        marks.append(_now())
+    steps = list(zip(PHASES, [(began, 0.0), *marks], marks, strict=False))
     return {
-        "total": round(marks[-1] - began, 3),
-        "phases": phases,
+        "total": round(marks[-1][0] - began, 3),
+        "phases": {name: round(later[0] - earlier[0], 3) for name, earlier, later in steps},
+        "cpu": {name: round(later[1] - earlier[1], 3) for name, earlier, later in steps},
         "programs": {"compiled": count.compiled, "loaded": count.loaded},
         "stablehlo_lines": lowered.as_text().count("\n"),
         "atoms": int(batch.graph.is_atom.sum()),
@@ -99,10 +98,16 @@ def first_step(folder: Path, cache: Path, began: float) -> dict[str, object]:
     }
 
 
+def _now() -> tuple[float, float]:
+    """Clock and CPU time of all threads, s; the second suffers less from a busy machine."""
+    return time.time(), time.process_time()
+
+
 def measured(folder: Path, cache: Path, threads: int) -> dict[str, object]:
     """The same in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     environment |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
+    environment |= {"PYTHONPATH": str(HERE.parent)}  # this checkout, whichever is installed
     command = [sys.executable, __file__, "--process", str(folder), str(cache), str(time.time())]
     if hasattr(os, "sched_getaffinity") and threads < os.cpu_count():
         command = ["taskset", "-c", f"0-{threads - 1}", *command]
@@ -135,23 +140,33 @@ def main() -> None:
                 found.append(measured(folder, cache, args.threads))
                 if not args.json:
                     print(f"{kind} {found[-1]['total']:.1f} s {found[-1]['phases']}")
+    if any(run["programs"]["compiled"] for run in runs["warm"]):
+        sys.exit("error: a warm run compiled, so it was none; did the source change meanwhile?")
     totals = {
         kind: statistics.median(run["total"] for run in found) for kind, found in runs.items()
     }
-    phases = {
-        kind: {p: statistics.median(run["phases"][p] for run in found) for p in PHASES}
-        for kind, found in runs.items()
-    }
+    phases, cpu = (
+        {
+            kind: {p: round(statistics.median(run[what][p] for run in found), 3) for p in PHASES}
+            for kind, found in runs.items()
+        }
+        for what in ("phases", "cpu")
+    )
     if not args.json:
+        print(f"{'':<10}    cold    warm    cold    warm  s by the clock, s of CPU")
         for name, meaning in PHASES.items():
-            print(f"{name:<10} {phases['cold'][name]:7.2f} {phases['warm'][name]:7.2f}  {meaning}")
-        print(f"{'total':<10} {totals['cold']:7.2f} {totals['warm']:7.2f}  s, cold and warm")
+            columns = [t[kind][name] for t in (phases, cpu) for kind in runs]
+            print(
+                f"{name:<10}" + "".join(f"{seconds:8.2f}" for seconds in columns) + f"  {meaning}"
+            )
+        print(f"{'total':<10} {totals['cold']:8.2f}{totals['warm']:8.2f}")
     result = {
         "ratio": round(totals["cold"] / totals["warm"], 2),
         "cold_seconds": round(totals["cold"], 2),
         "warm_seconds": round(totals["warm"], 2),
         "spread": {k: sorted(round(r["total"], 2) for r in found) for k, found in runs.items()},
         "phases": phases,
+        "cpu_phases": cpu,
         "programs": {kind: found[0]["programs"] for kind, found in runs.items()},
         "stablehlo_lines": runs["cold"][0]["stablehlo_lines"],
         "cache_megabytes": runs["cold"][0]["cache_megabytes"],
