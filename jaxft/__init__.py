@@ -3,6 +3,11 @@
 Units are eV, Å, eV/Å and eV/Å³ throughout; stress has ASE's sign (positive under tension).
 """
 
+from jaxft import hugepages
+
+if hugepages.is_command():
+    hugepages.restart()  # before the imports, which take seconds
+
 from jaxft.bundle import load, save
 from jaxft.citation import citation
 from jaxft.describe import describe
