@@ -92,7 +92,7 @@ def pick(selector: Array, x: Array) -> Array:
 
     Its derivative is the product, since the transpose of copying is a scatter.
     """
-    return x[jnp.argmax(selector, axis=-1)]
+    return x[jax.lax.argmax(selector, selector.ndim - 1, jnp.int32)]
 
 
 @pick.defjvp
