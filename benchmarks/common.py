@@ -6,7 +6,7 @@ so over a pipe and else sleeps in a read, so that sides alternate without distur
 
 torch eager spends much of its time in page faults of glibc's allocator. It runs in two forms, as
 its users run it (``default``) and as a careful user would (``tuned``, ``TUNED`` in the child's
-environment).
+environment); on request with the setting that the command ``jaxft`` gives itself (``huge``), too.
 """
 
 from __future__ import annotations
@@ -49,6 +49,22 @@ QUICK = {"model": "small", "rounds": 2, "cells": 1}
 TUNED = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 )
+HUGE = "glibc.malloc.hugetlb=1"
+"""What the command ``jaxft`` sets for itself, see :mod:`jaxft.hugepages`; here a child's has to be
+set for it."""
+
+FORMS = {"torch": "", "torch_tuned": TUNED, "torch_huge": HUGE}
+"""Allocator settings of torch, by the name of the side."""
+
+MALLOCS = {
+    "both": ("torch", "torch_tuned"),
+    "all": tuple(FORMS),
+    "default": ("torch",),
+    "tuned": ("torch_tuned",),
+    "huge": ("torch_huge",),
+}
+"""Values of ``--malloc``."""
+
 PRECISION = "highest"
 """Of matrix products in float32; torch's own on CPU, and what jaxft asks XLA for."""
 
@@ -132,6 +148,9 @@ class Turn(NamedTuple):
 
 class Side:
     """What runs in a child. Subclasses call ``__init__`` when their imports are done."""
+
+    tunables = ""
+    """``GLIBC_TUNABLES`` of the child, unless others are asked for."""
 
     def __init__(self) -> None:
         self.baseline = peak_rss()
@@ -297,6 +316,8 @@ class Recorded(NamedTuple):
 class Jaxft(Side):
     """The same with jaxft, jitted; programs are compiled when first used."""
 
+    tunables = HUGE
+
     def __init__(self, case: Case) -> None:
         import jax
 
@@ -420,19 +441,20 @@ class Child:
 
     Args:
       side: a subclass of :class:`Side`, made in the child from ``args``.
-      tuned: set ``TUNED`` in its environment; whatever allocator settings the parent has are not
-        passed on.
+      tunables: ``GLIBC_TUNABLES`` of its environment, by default the side's; whatever allocator
+        settings the parent has are not passed on.
     """
 
-    def __init__(self, side: type[Side], *args: Any, tuned: bool = False) -> None:
-        self.name = f"{side.__name__}{' (tuned malloc)' if tuned else ''}"
+    def __init__(self, side: type[Side], *args: Any, tunables: str | None = None) -> None:
+        self.name = side.__name__
+        chosen = side.tunables if tunables is None else tunables
         spawn = multiprocessing.get_context("spawn")
         self._pipe, far = spawn.Pipe()
         before = dict(os.environ)
         for name in [name for name in os.environ if name.startswith(("GLIBC_TUNABLES", "MALLOC_"))]:
             del os.environ[name]
-        if tuned:
-            os.environ["GLIBC_TUNABLES"] = TUNED
+        if chosen:
+            os.environ["GLIBC_TUNABLES"] = chosen
         try:
             self.process = spawn.Process(target=_serve, args=(far, side, args), daemon=True)
             self.process.start()
@@ -585,7 +607,7 @@ def parser(
     if "torch" in sides:
         found.add_argument("--cells", type=int, help="crystals of 8 cells³ atoms; default 2")
         found.add_argument("--repeats", type=int, default=1, help="times four crystals")
-        found.add_argument("--malloc", choices=("both", "default", "tuned"), default="both")
+        found.add_argument("--malloc", choices=MALLOCS, default="both")
         found.add_argument("--wrong", action="store_true", help="give jaxft one wrong weight")
     output_options(found)
     return found
@@ -618,21 +640,18 @@ def confine(threads: int) -> None:
 
 
 def torch_children(case: Case, malloc: str) -> dict[str, Child]:
-    """``{"torch": …, "torch_tuned": …}``, or one of them."""
-    forms = {"torch": False, "torch_tuned": True}
-    if malloc != "both":
-        forms = {k: tuned for k, tuned in forms.items() if tuned == (malloc == "tuned")}
-    return {name: Child(TorchMace, case, tuned=tuned) for name, tuned in forms.items()}
+    """``{"torch": …, "torch_tuned": …}``, or others of ``FORMS``."""
+    return {name: Child(TorchMace, case, tunables=FORMS[name]) for name in MALLOCS[malloc]}
 
 
 def ratios(medians: Mapping[str, float], *, suffix: str = "") -> dict[str, float]:
-    """``ratio``: torch over jaxft; ``ratio_tuned``: torch with a tuned allocator over jaxft.
+    """``ratio``: torch over jaxft; ``ratio_tuned``: torch with a tuned allocator over jaxft; …
 
-    If torch ran in the tuned form alone, ``ratio`` is that, as ``malloc`` in the settings says.
+    If torch ran in one other form alone, ``ratio`` is that, as ``malloc`` in the settings says.
     """
-    names = {"ratio": f"torch{suffix}", "ratio_tuned": f"torch_tuned{suffix}"}
+    names = {f"ratio{form.removeprefix('torch')}": f"{form}{suffix}" for form in FORMS}
     found = {k: medians[name] / medians["jaxft"] for k, name in names.items() if name in medians}
-    found.setdefault("ratio", found.get("ratio_tuned", float("nan")))
+    found.setdefault("ratio", next(iter(found.values())))
     return {f"{key}{suffix}": round(value, 2) for key, value in sorted(found.items())}
 
 
@@ -641,14 +660,13 @@ PACKAGES = ("jax", "jaxlib", "jaxft", "torch", "mace-torch", "e3nn", "numpy")
 
 def settings(args: argparse.Namespace, *, torch: bool = True, **more: Any) -> dict[str, Any]:
     """What the figures depend on besides the case; ``torch``: whether torch ran too."""
-    forms = {"both": ["default", TUNED], "default": "default", "tuned": TUNED}
+    forms = {n: FORMS[n] or "default" for n in MALLOCS[args.malloc]} if torch else {}
     return {
         **more,
         "dtype": getattr(args, "dtype", None),
         "precision": PRECISION,
         "threads": args.threads,
-        "malloc": ({"torch": forms[args.malloc]} if torch else {})
-        | {"jaxft": "as the package sets it for itself"},
+        "malloc": forms | {"jaxft": HUGE},
         "processor": _processor(),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | _versions(),

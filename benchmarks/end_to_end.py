@@ -35,8 +35,9 @@ from typing import Any
 import ase.io
 import yaml
 from common import (
+    FORMS,
+    MALLOCS,
     MODELS,
-    TUNED,
     Case,
     Child,
     Side,
@@ -44,6 +45,7 @@ from common import (
     confine,
     finish,
     output_options,
+    ratios,
     seconds,
     settings,
 )
@@ -232,14 +234,13 @@ def runs_of(run: Run, malloc: str, *, warm: bool) -> dict[str, tuple[float, Path
     """Wall seconds and result of every side, one after another."""
     threads = str(len(os.sched_getaffinity(0)))
     found = {}
-    for side, tuned in {"torch": False, "torch_tuned": True}.items():
-        if malloc in ("both", "tuned" if tuned else "default"):
-            output = run.folder / f"{side}-{run.seed}"
-            environment = {"OMP_NUM_THREADS": threads} | (
-                {"GLIBC_TUNABLES": TUNED} if tuned else {}
-            )
-            took = wall(mace_command(run, output), run.folder / f"{side}.log", **environment)
-            found[side] = took, output / f"{run.name}.model"
+    for side in MALLOCS[malloc]:
+        output = run.folder / f"{side}-{run.seed}"
+        environment = {"OMP_NUM_THREADS": threads}
+        if FORMS[side]:
+            environment["GLIBC_TUNABLES"] = FORMS[side]
+        took = wall(mace_command(run, output), run.folder / f"{side}.log", **environment)
+        found[side] = took, output / f"{run.name}.model"
     cache = run.folder / f"cache-{run.seed}"
     cache.mkdir(mode=0o700)
     output = run.folder / f"jaxft-{run.seed}"
@@ -270,7 +271,7 @@ def arguments() -> argparse.Namespace:
     found.add_argument("--batch-size", type=int, default=4)
     found.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     found.add_argument("--seeds", type=int, help="0, 1, …; default 1 of them")
-    found.add_argument("--malloc", choices=("both", "default", "tuned"), default="both")
+    found.add_argument("--malloc", choices=MALLOCS, default="both")
     found.add_argument("--warm", action="store_true", help="jaxft's programs are on disk already")
     found.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     found.add_argument("--quick", action="store_true", help="tiny, to try the script")
@@ -322,12 +323,6 @@ def main() -> None:
                         rmse.setdefault(name, {}).setdefault(side, []).append(value)
                         say(f"    {name:8s} {value:8.2f}")
     medians = {side: statistics.median(values) for side, values in walls.items()}
-    found = {
-        key: round(medians[side] / medians["jaxft"], 2)
-        for key, side in {"ratio": "torch", "ratio_tuned": "torch_tuned"}.items()
-        if side in medians
-    }
-    found.setdefault("ratio", found.get("ratio_tuned"))
     errors: dict[str, Any] | str = {
         name: {side: spread(values) for side, values in sides.items()}
         for name, sides in rmse.items()
@@ -335,7 +330,7 @@ def main() -> None:
     if not is_shipped:
         errors = "not judged: the foundation's weights are random, this is timing only"
     result = {
-        **found,
+        **ratios(medians),
         "wall_seconds": {side: round(value, 2) for side, value in medians.items()},
         "wall_seconds_by_seed": {s: [round(v, 2) for v in values] for s, values in walls.items()},
         "test_rmse": errors,

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 from common import (
+    FORMS,
+    MALLOCS,
     Case,
     Child,
     Jaxft,
@@ -47,6 +49,8 @@ METHODS = {"training": "step", "inference": "infer"}
 
 class Calculator(Side):
     """jaxft's ASE calculator and one structure."""
+
+    tunables = Jaxft.tunables
 
     def __init__(self, case: Case) -> None:
         import jax
@@ -71,19 +75,19 @@ class Calculator(Side):
         return seconds(lambda: (self.atoms.get_forces(), self.atoms.get_stress()))
 
 
+OTHERS = [f"ratio{form.removeprefix('torch')}" for form in FORMS]
 Peaks = dict[str, dict[str, dict[str, float]]]
 """``{mode: {side: {peak, imports}}}`` in MB."""
 
 
 def peaks(case: Case, malloc: str) -> tuple[Peaks, dict[str, object]]:
     """Peaks, and facts about the batch."""
-    sides = {"torch": (TorchMace, False), "torch_tuned": (TorchMace, True), "jaxft": (Jaxft, False)}
-    if malloc != "both":
-        del sides["torch" if malloc == "tuned" else "torch_tuned"]
+    sides = {name: (TorchMace, FORMS[name]) for name in MALLOCS[malloc]}
+    sides["jaxft"] = (Jaxft, Jaxft.tunables)
     found: Peaks = {mode: {} for mode in METHODS}
     for mode, method in METHODS.items():
-        for name, (side, tuned) in sides.items():
-            with Child(side, case, tuned=tuned) as child:
+        for name, (side, tunables) in sides.items():
+            with Child(side, case, tunables=tunables) as child:
                 for _ in range(STEPS):
                     child.call(method)
                 found[mode][name] = child.call("memory")
@@ -103,7 +107,7 @@ def compare(found: Peaks) -> dict[str, float]:
             ratios[f"ratio_above_imports{suffix}"] = (ours["peak"] - ours["imports"]) / (
                 theirs["peak"] - theirs["imports"]
             )
-    ratios.setdefault("ratio", ratios.get("ratio_tuned", float("nan")))
+    ratios.setdefault("ratio", next(v for k, v in ratios.items() if k in OTHERS))
     return {key: round(value, 3) for key, value in sorted(ratios.items())}
 
 

@@ -59,6 +59,8 @@ METHODS = {"training": "step", "inference": "infer"}
 class Points(Side):
     """One jaxft side per point, in one process."""
 
+    tunables = Jaxft.tunables
+
     def __init__(self, cases: dict[float, Case]) -> None:
         self.sides = {point: Jaxft(case) for point, case in cases.items()}
         super().__init__()
