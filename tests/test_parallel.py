@@ -68,12 +68,12 @@ save, losses = Run.save, {}
 def noting(run, checkpoints):
     before = run.progress.epoch * 3
     losses.update({before + i: x for i, x in enumerate(run.progress.losses)})
-    if is_saved:
+    if is_saved and is_stopping:
         save(run, checkpoints)
 
 Run.save = noting
 for name, devices, cut, ends in runs:
-    output, is_saved = folder / name, name.startswith("moved")
+    output, is_saved, is_stopping = folder / name, name.startswith("moved"), False
     if not output.exists() or not is_saved:
         losses.clear()
     output.mkdir(exist_ok=True)
@@ -84,7 +84,8 @@ for name, devices, cut, ends in runs:
         def stop(updates):
             if updates == cut and jax.process_index() == jax.process_count() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return asked(updates)
+            globals()["is_stopping"] = asked(updates)
+            return is_stopping
         try:
             result = fit(
                 model, params, train=train, valid=valid, recipe=(l2sp(1e-2),), directory=output,
@@ -127,7 +128,7 @@ def loss(params, batch):
 
 folder = Path(sys.argv[1])
 model, _ = jaxft.load(folder / "small.jaxft")
-train = data.alone(data.prepare(data.read(folder / "frames.xyz") * 3, model), 7)
+train = data.alone(data.prepare(data.read(folder / "frames.xyz") * 3, model), 5)
 leash = Strategy(name="leash", penalty=lambda params, consts, batch: 0.5 * params["a"] ** 2)
 params, key = {"a": jnp.array(0.3), "b": jnp.array(0.1)}, jax.random.key(0)
 mesh = parallel.mesh()
@@ -326,7 +327,15 @@ def test_more_devices_than_frames_are_refused(many: data.Mixture) -> None:
         (["--coordinator", "a:1", "--num-processes", "0", "--process-id", "0"], "no group"),
         (["--coordinator", "here", "--num-processes", "2", "--process-id", "1"], "HOST:PORT"),
         (
-            "--coordinator a:1 --num-processes 2 --process-id 1 --no-distributed".split(),
+            [
+                "--coordinator",
+                "a:1",
+                "--num-processes",
+                "2",
+                "--process-id",
+                "1",
+                "--no-distributed",
+            ],
             "contradict --no-distributed",
         ),
         (["--start-timeout", "0"], "waits for nobody"),
