@@ -113,7 +113,7 @@ def finetune(
         coords, consts = base.init(recipe, key, params)
         moving, fixed = tree.partition(params, base.trains(recipe, params))
         trainable = Trainable(moving, tree.copy(coords))
-        opt_state = chain.init(trainable)
+        opt_state = jax.jit(chain.init)(trainable)  # one program; eagerly it is one per shape
         _check_averages(recipe, opt_state)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
