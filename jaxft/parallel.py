@@ -159,6 +159,7 @@ def start(group: Group) -> str:
             group.process_id,
             cluster_detection_method=None if group.coordinator is None else "deactivate",
             initialization_timeout=group.timeout + 60,
+            shutdown_timeout_seconds=60,  # where one fails alone, the others end after it
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(

@@ -48,6 +48,20 @@ if address:
         environment={},
     )
     print(parallel.start(group))
+    me, said = jax.process_index(), ["", ""]
+    try:
+        with parallel.together("trying"):
+            if me == 1:
+                raise OSError("nothing there")
+    except parallel.Refused as error:
+        said[0] = str(error)
+    parallel.check_agreement({"seed": 1})
+    try:
+        parallel.check_agreement({"seed": me})
+    except parallel.Refused as error:
+        said[1] = str(error)
+    assert said[0] == ("trying failed in process 1; its message says why.", "nothing there")[me]
+    assert said[1].startswith("process 1 has other settings")
 jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 model, params = jaxft.load(folder / "small.jaxft")
