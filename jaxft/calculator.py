@@ -14,6 +14,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from jaxft.bundle import load
 from jaxft.data import Dataset, Shape, atom_features_of, features_of, prepare, unlabelled
 from jaxft.evaluate.predictions import ase_results, cast, predict_batch, working_dtype
+from jaxft.graph import edges_per_block, fullest, num_blocks
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
@@ -25,6 +26,9 @@ FIRST_HEADROOM = 1.1
 
 GROWTH = 1.25
 """Free room in every later shape: sizes that creep up compile logarithmically often."""
+
+BLOCK_HEADROOM = 1.05
+"""Free rows in blocks, whose numbers of rows fluctuate less, being sums over hundreds of atoms."""
 
 WASTE = 2
 """A shape is reused for structures down to this fraction of its size."""
@@ -39,6 +43,7 @@ class _Static(NamedTuple):
     n_row: int
     n_node: int
     n_element: int
+    blocks: int = 1
 
 
 class JaxftCalculator(Calculator):
@@ -53,11 +58,15 @@ class JaxftCalculator(Calculator):
       dtype: of the computation. float32 suits molecular dynamics, float64 relaxations and phonons.
         By default that of the stored parameters, and float32 where JAX has float64 switched off.
       head: name of the model's head; not needed with one head.
+      max_edges_per_block: a structure with more edge slots (edges, and free slots in their rows of
+        16) is evaluated in blocks of about so many, one after the other. The memory then is that
+        of one block, and of a few arrays of atoms and channels; results differ by rounding only.
+        By default what suits the platform: 16,384 on CPUs.
 
     Raises:
-      ValueError: an unknown head, a path with or a potential without ``params``, or float64 while
-        JAX has it switched off. On calculation: an element that the model does not know, or an
-        impossible geometry; nothing is compiled then.
+      ValueError: blocks of less than one edge, an unknown head, a path with or a potential without
+        ``params``, or float64 while JAX has it switched off. On calculation: an element that the
+        model does not know, or an impossible geometry; nothing is compiled then.
 
     Example::
 
@@ -77,14 +86,25 @@ class JaxftCalculator(Calculator):
         *,
         dtype: str | None = None,
         head: str | None = None,
+        max_edges_per_block: int | None = None,
     ) -> None:
         super().__init__()
+        self.max_edges_per_block = edges_per_block(max_edges_per_block)
         model, params = _loaded(model_or_path, params, dtype)
         self.head = model.heads[model.head_index(head)]
         self.model = model
         self.dtype = working_dtype(params, dtype)
         self._params = cast(params, self.dtype)
         self._compiled: list[_Static] = []
+        self.blocks = 1
+        """In how many parts the last structure was evaluated."""
+
+    def __repr__(self) -> str:
+        return (
+            f"JaxftCalculator(head={self.head!r}, dtype={self.dtype!r}, "
+            f"max_edges_per_block={self.max_edges_per_block}, blocks={self.blocks}, "
+            f"compilations={self.compilations})"
+        )
 
     @property
     def compilations(self) -> int:
@@ -121,8 +141,15 @@ class JaxftCalculator(Calculator):
         dataset = prepare([frame], self.model, head=self.head, row_width=ROW_WIDTH)
         static = self._static(dataset)
         shape = Shape(n_node=static.n_node, n_row=static.n_row, n_graph=2)
+        self.blocks = static.blocks
         (result,) = predict_batch(
-            self.model, self._params, dataset, [0], shape, num_elements=static.n_element
+            self.model,
+            self._params,
+            dataset,
+            [0],
+            shape,
+            num_elements=static.n_element,
+            blocks=static.blocks,
         )
         self.results = ase_results(result)
 
@@ -130,7 +157,7 @@ class JaxftCalculator(Calculator):
         """The smallest shape so far that suits, or a new one."""
         (sample,) = dataset.samples
         need = _Static(len(sample.receivers), len(sample.species) + 1, len(dataset.elements))
-        suitable = [static for static in self._compiled if _suits(static, need)]
+        suitable = [s for s in self._compiled if _suits(s, need, sample.receivers)]
         if suitable:
             return min(suitable)
         if self._compiled:
@@ -140,14 +167,23 @@ class JaxftCalculator(Calculator):
             n_row = _rounded(FIRST_HEADROOM * need.n_row)
             n_node = _rounded(FIRST_HEADROOM * need.n_node)
         static = _Static(n_row, n_node, need.n_element)
+        blocks = num_blocks(n_row * ROW_WIDTH, n_node, self.max_edges_per_block)
+        if blocks > 1:
+            # atoms that come later find room in the shapes that come later
+            n_node = n_node if self._compiled else need.n_node
+            n_node = blocks * -(-n_node // blocks)
+            most = int(np.ceil(BLOCK_HEADROOM * fullest(sample.receivers, n_node, blocks)))
+            static = _Static(blocks * max(most, 1), n_node, need.n_element, blocks)
         self._compiled.append(static)
         return static
 
 
-def _suits(static: _Static, need: _Static) -> bool:
+def _suits(static: _Static, need: _Static, receivers: np.ndarray) -> bool:
+    if not need.n_node <= static.n_node <= max(WASTE * need.n_node, SMALL_NODES):
+        return False
+    n_row = static.blocks * fullest(receivers, static.n_node, static.blocks)
     return (
-        need.n_row <= static.n_row <= max(WASTE * need.n_row, SMALL_ROWS)
-        and need.n_node <= static.n_node <= max(WASTE * need.n_node, SMALL_NODES)
+        n_row <= static.n_row <= max(WASTE * n_row, SMALL_ROWS)
         and need.n_element <= static.n_element <= WASTE * need.n_element
     )
 

@@ -8,19 +8,37 @@ neighbours is a matrix product inside a row and a short sum over rows; nothing s
 *Padding is physics.* A free slot holds a neighbour at ``PADDING_DISTANCE`` times the cutoff:
 its radial features, and every derivative of them, are exactly zero and no norm is. The last graph
 holds the padding atoms. No mask is needed to keep padding out of a real atom's energy.
+
+*Blocks.* For some of the atoms a layer needs their rows, and of all atoms what they send. A graph
+whose rows :func:`in_blocks` laid out is evaluated block by block, so that memory holds the features
+of all atoms but the messages of one block. To everything else it is an ordinary graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.typing import Array
 
 PADDING_DISTANCE = 2.0
 """Length of a padding edge, in units of the cutoff."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Blocks:
+    """A promise about a graph's layout. Compiled programs depend on it as on a shape.
+
+    Atoms and rows are ``count`` blocks of equal size, and the rows of a block belong to its atoms.
+    """
+
+    count: int = 1
 
 
 class Graph(NamedTuple):
@@ -48,6 +66,8 @@ class Graph(NamedTuple):
     """[G] int32, which of the model's heads speaks."""
     features: Mapping[str, Array]
     """What the model embeds besides elements: [G] per graph (total charge, …), [N, …] per atom."""
+    blocks: Blocks = Blocks()
+    """In how many parts the model is to evaluate it."""
 
     @property
     def n_node(self) -> int:
@@ -56,6 +76,35 @@ class Graph(NamedTuple):
     @property
     def n_graph(self) -> int:
         return self.volume.shape[0]
+
+
+EDGES_PER_BLOCK = {"cpu": 1 << 14}
+"""Edge slots of a block, by platform. On CPUs blocks of this size are also fastest: what they hold
+stays in the caches."""
+
+EDGES_PER_BLOCK_ELSEWHERE = 1 << 18
+"""What keeps an accelerator busy; not measured."""
+
+
+def edges_per_block(given: int | None) -> int:
+    """``given``, or what suits the platform in use.
+
+    Raises:
+      ValueError: it is less than 1.
+    """
+    if given is None:
+        return EDGES_PER_BLOCK.get(jax.default_backend(), EDGES_PER_BLOCK_ELSEWHERE)
+    if given < 1:
+        raise ValueError(
+            f"blocks of {given} edges are not possible; use max_edges_per_block >= 1, or None for "
+            "what suits the platform."
+        )
+    return given
+
+
+def num_blocks(n_slot: int, n_node: int, most: int) -> int:
+    """How many blocks of at most ``most`` edge slots, about; each has an atom at least."""
+    return max(1, min(-(-n_slot // most), n_node))
 
 
 class Labels(NamedTuple):
@@ -116,6 +165,56 @@ def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
     own = [totals_of(batch.weights) for batch in batches]
     shared = Weights(*(sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)))
     return [batch._replace(totals=shared) for batch in batches]
+
+
+def fullest(receivers: np.ndarray, n_node: int, blocks: int) -> int:
+    """Most rows that one of the ``blocks`` equal parts of ``n_node`` atoms has."""
+    return int(np.bincount(receivers // (n_node // blocks), minlength=1).max())
+
+
+def in_blocks(graph: Graph, blocks: int, *, r_max: float, n_row: int | None = None) -> Graph:
+    """The same graph with its rows in ``blocks`` parts; energies and forces differ by rounding.
+
+    Nothing but rows moves, and rows only past padding: atoms, graphs and labels stay as they are.
+    To be called on the host; the last of the atoms must be padding, as in every batch.
+
+    Args:
+      graph: numpy, from :func:`jaxft.data.pack`.
+      blocks: how many; they divide the number of atoms.
+      r_max: the model's cutoff, Å; free rows lie beyond it.
+      n_row: rows of all blocks together; by default as few as possible, as many in every block as
+        the fullest has.
+
+    Raises:
+      ValueError: the atoms cannot be divided so, or the rows do not fit.
+    """
+    if blocks < 1 or graph.n_node % blocks:
+        raise ValueError(
+            f"{graph.n_node} atoms cannot be divided into {blocks} equal blocks; pack them into a "
+            "shape whose n_node is a multiple of the number of blocks."
+        )
+    n_node = graph.n_node // blocks
+    is_row = np.asarray(graph.is_atom)[graph.receivers]
+    receivers = np.asarray(graph.receivers)[is_row]
+    most = fullest(receivers, graph.n_node, blocks)
+    n_row = blocks * max(most, 1) if n_row is None else n_row
+    if n_row % blocks or n_row < blocks * most:
+        raise ValueError(
+            f"{n_row} rows in {blocks} equal blocks do not hold the {most} rows of the fullest "
+            f"one;\nuse n_row={blocks * most}, or a larger multiple of {blocks}."
+        )
+    block = receivers // n_node
+    first = np.searchsorted(block, np.arange(blocks))
+    place = block * (n_row // blocks) + np.arange(len(block)) - first[block]
+    # free rows belong to the last atom of their block, so that receivers ascend
+    last = np.repeat(np.arange(1, blocks + 1, dtype=np.int32) * n_node - 1, n_row // blocks)
+    senders = np.repeat(last[:, None], graph.senders.shape[1], axis=1)
+    vectors = np.zeros((n_row, *graph.vectors.shape[1:]), graph.vectors.dtype)
+    vectors[..., 0] = PADDING_DISTANCE * r_max
+    last[place] = receivers
+    senders[place] = graph.senders[is_row]
+    vectors[place] = graph.vectors[is_row]
+    return graph._replace(vectors=vectors, senders=senders, receivers=last, blocks=Blocks(blocks))
 
 
 def sum_rows(rows: Array, graph: Graph) -> Array:

@@ -20,6 +20,10 @@ def predict(
     dtype: Annotated[Dtype | None, typer.Option(help="Default: that of the bundle.")] = None,
     head: Head = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_edges_per_block: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bounds the memory. Default: what suits the platform."),
+    ] = None,
 ) -> None:
     """Energies, forces and stresses of all frames of IN, written to OUT.xyz."""
     from jaxft.display import Display
@@ -34,6 +38,7 @@ def predict(
             output,
             head=head,
             batch_size=batch_size,
+            max_edges_per_block=max_edges_per_block,
             progress=advance,
         )
     console.print(f"wrote {output} ({count} frames)")

@@ -20,7 +20,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from jaxft.bundle import refuse_existing, require_dtype
 from jaxft.data import Dataset, Frame, Shape, pack, prepare, read_atoms, unlabelled
-from jaxft.graph import Graph
+from jaxft.graph import Graph, edges_per_block, fullest, in_blocks, num_blocks
 from jaxft.potential import E0_BUFFER, Potential, Prediction, predict
 from jaxft.typing import Array, Params
 
@@ -73,10 +73,11 @@ def predict_batch(
     shape: Shape,
     *,
     num_elements: int | None = None,
+    blocks: int = 1,
 ) -> list[FrameResult]:
     """Results of the frames at the positions ``chosen`` of ``dataset``, as one batch.
 
-    Compiles once per shape, row width, number of elements and dtype.
+    Compiles once per shape, row width, numbers of elements and of blocks, and dtype.
 
     Args:
       model: the potential.
@@ -85,9 +86,12 @@ def predict_batch(
       chosen: positions in it.
       shape: that the frames fit into.
       num_elements: pad the batch's elements to so many; by default they are not padded.
+      blocks: evaluate it in so many parts, see :func:`jaxft.graph.in_blocks`.
     """
     dtype = jax.tree.leaves(params)[0].dtype.name
     graph = pack(dataset, chosen, shape, dtype).graph
+    if blocks > 1:
+        graph = in_blocks(graph, blocks, r_max=dataset.r_max, n_row=shape.n_row)
     spare = max((num_elements or 0) - len(dataset.elements), 0)
     elements = np.pad(dataset.elements, (0, spare), mode="edge")
     graph = graph._replace(elements=jnp.asarray(elements))
@@ -114,13 +118,15 @@ def predict_frames(
     head: str | None = None,
     batch_size: int = 16,
     dtype: str | None = None,
+    max_edges_per_block: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FrameResult]:
     """Energies, forces and stresses of ``frames``, in their order.
 
     All batches have one static shape, which holds the ``batch_size`` largest frames; smaller ones
     fill it in greater numbers. So the model is compiled once, and the largest frames come first, so
-    that memory runs out at once or never. Results depend on the batch size by rounding only.
+    that memory runs out at once or never. Large batches are evaluated in blocks. Results depend on
+    the sizes of batches and blocks by rounding only.
 
     Args:
       model: the potential.
@@ -129,6 +135,8 @@ def predict_frames(
       head: of the model; not needed with one head.
       batch_size: largest frames per batch.
       dtype: of the computation; by default as :func:`working_dtype`.
+      max_edges_per_block: batches with more edge slots are evaluated in blocks of so many, which
+        bounds the memory; by default what suits the platform, see :mod:`jaxft.graph`.
       progress: called with (frames done, frames in total) after every batch.
 
     Raises:
@@ -139,13 +147,17 @@ def predict_frames(
     if batch_size < 1:
         raise ValueError(f"batches of {batch_size} frames are not possible; use batch_size >= 1.")
     params = cast(params, working_dtype(params, dtype))
+    limit = edges_per_block(max_edges_per_block)
     if not frames:
         return []
     dataset = prepare(frames, model, head=head)
     results: dict[int, FrameResult] = {}
     shape, batches = _plan(dataset, batch_size)
+    blocks = num_blocks(shape.n_row * dataset.row_width, shape.n_node, limit)
+    if blocks > 1:
+        shape = _divisible(dataset, batches, shape, blocks)
     for chosen in batches:
-        found = predict_batch(model, params, dataset, chosen, shape)
+        found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks)
         results.update(zip(chosen, found, strict=True))
         if progress is not None:
             progress(len(results), len(frames))
@@ -172,6 +184,18 @@ def _plan(dataset: Dataset, batch_size: int) -> tuple[Shape, list[list[int]]]:
     return Shape(n_node + 1, n_row, n_graph + 1), batches
 
 
+def _divisible(dataset: Dataset, batches: list[list[int]], shape: Shape, blocks: int) -> Shape:
+    """The smallest shape that holds all batches in so many blocks."""
+    atoms = 1 + max(int(dataset.nodes[chosen].sum()) for chosen in batches)
+    n_node = blocks * -(-atoms // blocks)
+    most = 1
+    for chosen in batches:
+        first = np.cumsum(dataset.nodes[chosen]) - dataset.nodes[chosen]
+        found = [dataset.samples[i].receivers + n for i, n in zip(chosen, first, strict=True)]
+        most = max(most, fullest(np.concatenate(found), n_node, blocks))
+    return Shape(n_node, blocks * most, shape.n_graph)
+
+
 def _capacity(count: int) -> int:
     """``count``, rounded up to the grid."""
     steps = np.ceil(np.log(max(count, 8) / 8) / np.log(GRID) - 1e-9)
@@ -187,6 +211,7 @@ def predict_file(
     head: str | None = None,
     batch_size: int = 16,
     dtype: str | None = None,
+    max_edges_per_block: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Predict all structures of a file and write them, with results, as extended XYZ.
@@ -198,9 +223,10 @@ def predict_file(
       params: its parameters.
       structures: a file that ASE reads.
       output: the file to write.
-      head: as in :func:`predict_frames`, like the three that follow.
+      head: as in :func:`predict_frames`, like the four that follow.
       batch_size: largest frames per batch.
       dtype: of the computation.
+      max_edges_per_block: bounds the memory.
       progress: called after every batch.
 
     Returns:
@@ -219,7 +245,14 @@ def predict_file(
     images = read_atoms(Path(structures))
     frames = [unlabelled(atoms, source=f"{structures}:{i}") for i, atoms in enumerate(images)]
     results = predict_frames(
-        model, params, frames, head=head, batch_size=batch_size, dtype=dtype, progress=progress
+        model,
+        params,
+        frames,
+        head=head,
+        batch_size=batch_size,
+        dtype=dtype,
+        max_edges_per_block=max_edges_per_block,
+        progress=progress,
     )
     wrong = [f.source for f, r in zip(frames, results, strict=True) if not _is_finite(r)]
     if wrong:

@@ -11,10 +11,10 @@ Reference: Batatia et al., NeurIPS 2022 (arXiv:2206.07697); block semantics afte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import e3nn_jax as e3nn
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jaxft.models.config import (
 )
 from jaxft.models.contraction import Coupling, SymmetricContraction
 from jaxft.models.conv import convolve
+from jaxft.models.harmonics import spherical_harmonics
 from jaxft.models.irreps import (
     Features,
     Path,
@@ -66,6 +67,8 @@ class Constants(NamedTuple):
 class Edges(NamedTuple):
     """What the edges tell every layer. K slots in each of R rows."""
 
+    lengths: Array
+    """[R, K] Å."""
     harmonics: Features
     """{irrep: [R, K, 2l + 1]}."""
     basis: Array
@@ -74,6 +77,19 @@ class Edges(NamedTuple):
     """[R, K], on messages whose radial weights do not vanish at the cutoff by themselves."""
     elements: tuple[Array, Array]
     """One-hot elements of senders [R, K, S] and receivers [R, S]."""
+
+
+class Atoms(NamedTuple):
+    """All atoms of a graph, or those of one block."""
+
+    graph: Graph
+    """Its rows are theirs; senders are positions among all atoms, receivers among these."""
+    one_hot: Array
+    """[n, S] elements."""
+    heads: Array
+    """[n, H] one-hot."""
+    everyone: tuple[Array, Array]
+    """Species [N] and elements [N, S] of all atoms."""
 
 
 class Linear(nn.Module):
@@ -136,40 +152,59 @@ class Interaction(nn.Module):
     config: InteractionConfig
     model: MACEConfig
 
-    @nn.compact
-    def __call__(
-        self, x: Features, edges: Edges, graph: Graph, one_hot: Array
-    ) -> tuple[Features, Features]:
-        """Features of the atoms -> message by irrep, self-connection (of residual blocks)."""
+    def setup(self) -> None:
         config, num_elements = self.config, self.model.num_elements
-        skipped = config.hidden_irreps if config.is_residual else config.target_irreps
-        skip = ElementLinear(skipped, num_elements, name="skip_tp")
-        connected = skip(x, graph.elements, one_hot) if config.is_residual else {}
-        sent = Linear(config.sent_irreps, name="linear_up")(x)
-        paths, width = _paths(config, self.model.edge_irreps)
         constant = self.model.silu_constant
-        network = RadialMLP(config.radial_mlp, width, constant, name="conv_tp_weights")
-        hidden, matrix = network(edges.basis)
+        _, width = _paths(config, self.model.edge_irreps)
+        skipped = config.hidden_irreps if config.is_residual else config.target_irreps
+        self.skip_tp = ElementLinear(skipped, num_elements)
+        self.linear_up = Linear(config.sent_irreps)
+        self.conv_tp_weights = RadialMLP(config.radial_mlp, width, constant)
+        self.linear = Linear(config.target_irreps)
+        if config.has_density:
+            self.density_fn = RadialMLP((), 1, constant)
+
+    def send(self, x: Features) -> Features:
+        """What atoms tell their neighbours."""
+        return self.linear_up(x)
+
+    def __call__(
+        self, x: Features, sent: Features, everyone: Features, edges: Edges, atoms: Atoms
+    ) -> tuple[Features, Features]:
+        """Message by irrep and self-connection (of residual blocks) of some of the atoms.
+
+        Args:
+          x: features of these atoms.
+          sent: what they send.
+          everyone: what all atoms send.
+          edges: of these atoms.
+          atoms: who they are.
+        """
+        config, graph = self.config, atoms.graph
+        connected = self.skip_tp(x, graph.elements, atoms.one_hot) if config.is_residual else {}
+        paths, _ = _paths(config, self.model.edge_irreps)
+        hidden, matrix = self.conv_tp_weights(edges.basis)
         if not self.model.apply_cutoff:
             hidden = hidden * edges.factor[..., None]
-        message = convolve(sent, edges.harmonics, (hidden, matrix), paths, graph)
-        message = Linear(config.target_irreps, name="linear")(message)
+        message = convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
+        message = self.linear(message)
         if config.has_density:
-            x_last, column = RadialMLP((), 1, constant, name="density_fn")(edges.basis)
+            x_last, column = self.density_fn(edges.basis)
             divisor = _density(x_last @ column, edges, graph, self.model.apply_cutoff) + 1.0
         else:
             divisor = config.avg_num_neighbors
         message = {name: block / divisor for name, block in message.items()}
         if not config.is_residual:
-            message = skip(message, graph.elements, one_hot)
+            message = self.skip_tp(message, graph.elements, atoms.one_hot)
         return message, connected
 
 
-def _paths(config: InteractionConfig, edge_irreps: str) -> tuple[list[Path], int]:
+@functools.cache
+def _paths(config: InteractionConfig, edge_irreps: str) -> tuple[tuple[Path, ...], int]:
     """Paths of a block's tensor product, and how many radial weights an edge has for them."""
     paths = tensor_product_paths(config.sent_irreps, edge_irreps, config.target_irreps)
     sent = multiplicities(config.sent_irreps)
-    return paths, sum(sent[path.node] for path in paths)
+    return tuple(paths), sum(sent[path.node] for path in paths)
 
 
 def _density(values: Array, edges: Edges, graph: Graph, vanishes: bool) -> Array:
@@ -186,36 +221,47 @@ class NonLinearInteraction(nn.Module):
     config: InteractionConfig
     model: MACEConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        config, num_elements = self.config, self.model.num_elements
+        _, width = _paths(config, self.model.edge_irreps)
+        mul = multiplicities(config.node_feats_irreps)["0e"]
+        eps = config.layer_norm_eps
+        self.skip_tp = Linear(config.hidden_irreps)
+        self.linear_up = Linear(config.sent_irreps)
+        self.linear_res = Linear(config.gated_irreps)
+        self.source_embedding = ElementTable(mul, num_elements)
+        self.target_embedding = ElementTable(mul, num_elements)
+        self.conv_tp_weights = EdgeMLP(config.radial_mlp, width, eps)
+        self.density_fn = EdgeMLP(config.density_mlp, 1, eps)
+        self.alpha = self.param("alpha", nn.initializers.constant(20.0), ())
+        self.beta = self.param("beta", nn.initializers.zeros, ())
+        self.linear_1 = Linear(config.gated_irreps)
+        self.linear_2 = Linear(config.target_irreps)
+
+    def send(self, x: Features) -> Features:
+        """As :meth:`Interaction.send`."""
+        return self.linear_up(x)
+
     def __call__(
-        self, x: Features, edges: Edges, graph: Graph, one_hot: Array
+        self, x: Features, sent: Features, everyone: Features, edges: Edges, atoms: Atoms
     ) -> tuple[Features, Features]:
         """As :class:`Interaction`."""
-        config, num_elements = self.config, self.model.num_elements
-        connected = Linear(config.hidden_irreps, name="skip_tp")(x)
-        sent = Linear(config.sent_irreps, name="linear_up")(x)
-        residual = Linear(config.gated_irreps, name="linear_res")(sent)
-        paths, width = _paths(config, self.model.edge_irreps)
-        mul = multiplicities(config.node_feats_irreps)["0e"]
-        source = ElementTable(mul, num_elements, name="source_embedding")(graph.elements)
-        target = ElementTable(mul, num_elements, name="target_embedding")(graph.elements)
-        eps = config.layer_norm_eps
-        network = EdgeMLP(config.radial_mlp, width, eps, name="conv_tp_weights")
-        hidden, matrix = network(edges.basis, source, target, edges.elements)
+        graph = atoms.graph
+        connected = self.skip_tp(x)
+        residual = self.linear_res(sent)
+        paths, _ = _paths(self.config, self.model.edge_irreps)
+        source = self.source_embedding(graph.elements)
+        target = self.target_embedding(graph.elements)
+        hidden, matrix = self.conv_tp_weights(edges.basis, source, target, edges.elements)
         hidden = hidden * edges.factor[..., None]
-        counts = EdgeMLP(config.density_mlp, 1, eps, name="density_fn")
-        last, column = counts(edges.basis, source, target, edges.elements)
+        last, column = self.density_fn(edges.basis, source, target, edges.elements)
         density = _density(last @ column, edges, graph, vanishes=False)
-        alpha = self.param("alpha", nn.initializers.constant(20.0), ())
-        beta = self.param("beta", nn.initializers.zeros, ())
-        message = convolve(sent, edges.harmonics, (hidden, matrix), paths, graph)
-        message = Linear(config.gated_irreps, name="linear_1")(message)
+        message = convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
         message = {
-            name: block / (density * beta + alpha) + residual.get(name, 0.0)
-            for name, block in message.items()
+            name: block / (density * self.beta + self.alpha) + residual.get(name, 0.0)
+            for name, block in self.linear_1(message).items()
         }
-        message = Linear(config.target_irreps, name="linear_2")(self._gated(message))
-        return message, connected
+        return self.linear_2(self._gated(message)), connected
 
     def _gated(self, x: Features) -> Features:
         config = self.config
@@ -343,47 +389,125 @@ class MACE(nn.Module):
 
     config: MACEConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.config
+        mul = multiplicities(config.interactions[0].node_feats_irreps)["0e"]
+        self.node_embedding = NodeEmbedding(mul, config.num_elements)
+        if config.embeddings:
+            self.joint_embedding = JointEmbedding(config.embeddings, mul)
+        if config.embedding_readout:
+            linear = ReadoutConfig(kind="linear", irreps_in=f"{mul}x0e")
+            self.embedding_readout = Readout(linear, config)
+        self.interactions = [
+            (NonLinearInteraction if block.is_nonlinear else Interaction)(block, config)
+            for block in config.interactions
+        ]
+        self.products = [Product(product, config.num_elements) for product in config.products]
+        self.readouts = [Readout(readout, config) for readout in config.readouts]
+
     def __call__(self, graph: Graph, constants: Constants) -> Array:
         """-> [N] eV: everything but the isolated-atom energies; padding atoms hold the shift."""
         config = self.config
         one_hot = jax.nn.one_hot(graph.species, graph.elements.shape[0], dtype=graph.vectors.dtype)
         head = graph.head[graph.graph_index]
         heads = jax.nn.one_hot(head, len(config.heads), dtype=graph.vectors.dtype)
-        r = jnp.linalg.norm(graph.vectors, axis=-1)
-        edges = _edges(config, r, graph, one_hot, constants)
-
-        mul = multiplicities(config.interactions[0].node_feats_irreps)["0e"]
-        embedding = NodeEmbedding(mul, config.num_elements, name="node_embedding")
-        scalars = one_hot @ embedding(graph.elements)
-        outside = jnp.zeros_like(r, shape=(graph.n_node,))
+        scalars = one_hot @ self.node_embedding(graph.elements)
+        outside = jnp.zeros_like(graph.vectors, shape=(graph.n_node,))
         if config.embeddings:
-            joint = JointEmbedding(config.embeddings, mul, name="joint_embedding")
-            scalars = scalars + joint(graph)
+            scalars = scalars + self.joint_embedding(graph)
         x = {"0e": scalars[:, None, :]}
         if config.embedding_readout:
-            linear = ReadoutConfig(kind="linear", irreps_in=f"{mul}x0e")
-            values = Readout(linear, config, name="embedding_readout")(x, heads)
-            outside = outside + (values * heads).sum(axis=-1)
+            outside = outside + (self.embedding_readout(x, heads) * heads).sum(axis=-1)
         energy = jnp.zeros_like(outside)
-        if config.pair_repulsion:
-            energy = energy + _repulsion(config, r, graph, constants)
-        for i, block in enumerate(config.interactions):
-            interaction = NonLinearInteraction if block.is_nonlinear else Interaction
-            message, connected = interaction(block, config, name=f"interactions_{i}")(
-                x, edges, graph, one_hot
-            )
-            product = Product(config.products[i], config.num_elements, name=f"products_{i}")
-            packed = concatenate(message, config.products[i].irreps_in)
-            x = product(packed, connected, graph, one_hot, constants.couplings[i])
+        atoms = Atoms(graph, one_hot, heads, (graph.species, one_hot))
+        count = graph.blocks.count
+        edges = _edges(config, atoms, constants) if count == 1 else None
+        for i in range(len(config.interactions)):
+            sent = self.interactions[i].send(x)
+            if edges is not None:
+                x, energy = self._layer(i, (x, sent, energy), sent, edges, atoms, constants)
+            else:
+                x, energy = self._layer_in_blocks(i, (x, sent, energy), atoms, constants)
             # kept only where asked for, by Potential.invariants
             self.sow("intermediates", "invariants", x["0e"][:, 0])
-            # a single readout belongs to the last layer
-            j = i - len(config.interactions) + len(config.readouts)
-            if j >= 0:
-                readout = Readout(config.readouts[j], config, name=f"readouts_{j}")
-                energy = energy + (readout(x, heads) * heads).sum(axis=-1)
         return outside + constants.scale[head] * energy + constants.shift[head]
+
+    def _layer(
+        self,
+        i: int,
+        own: tuple[Features, Features, Array],
+        everyone: Features,
+        edges: Edges,
+        atoms: Atoms,
+        constants: Constants,
+    ) -> tuple[Features, Array]:
+        """Features and energy [n] of some atoms after layer ``i``.
+
+        Args:
+          i: the layer.
+          own: features of these atoms, what they send, and their energy [n], before it.
+          everyone: what all atoms send.
+          edges: of these atoms.
+          atoms: who they are.
+          constants: of the model.
+        """
+        config = self.config
+        x, sent, energy = own
+        if i == 0 and config.pair_repulsion:
+            energy = energy + _repulsion(config, edges, atoms, constants)
+        message, connected = self.interactions[i](x, sent, everyone, edges, atoms)
+        packed = concatenate(message, config.products[i].irreps_in)
+        couplings = constants.couplings[i]
+        x = self.products[i](packed, connected, atoms.graph, atoms.one_hot, couplings)
+        # a single readout belongs to the last layer
+        j = i - len(config.interactions) + len(config.readouts)
+        if j >= 0:
+            energy = energy + (self.readouts[j](x, atoms.heads) * atoms.heads).sum(axis=-1)
+        return x, energy
+
+    def _layer_in_blocks(
+        self,
+        i: int,
+        own: tuple[Features, Features, Array],
+        atoms: Atoms,
+        constants: Constants,
+    ) -> tuple[Features, Array]:
+        """As :meth:`_layer`, one block after the other.
+
+        Derivatives evaluate every block again, so that no array of edges and channels outlives it.
+        """
+        graph, count = atoms.graph, atoms.graph.blocks.count
+        first = jnp.arange(count, dtype=graph.receivers.dtype) * (graph.n_node // count)
+
+        def divided(array: Array) -> Array:
+            return array.reshape(count, -1, *array.shape[1:])
+
+        parts = (
+            divided(graph.vectors),
+            divided(graph.senders),
+            divided(graph.receivers) - first[:, None],
+            divided(graph.species),
+            divided(atoms.one_hot),
+            divided(atoms.heads),
+            jax.tree.map(divided, own),
+        )
+
+        def layer(model: MACE, carry: None, part: Any) -> tuple[None, tuple[Features, Array]]:
+            vectors, senders, receivers, species, one_hot, heads, mine = part
+            block = graph._replace(
+                vectors=vectors, senders=senders, receivers=receivers, species=species
+            )
+            some = atoms._replace(graph=block, one_hot=one_hot, heads=heads)
+            edges = _edges(model.config, some, constants)
+            return None, model._layer(i, mine, own[1], edges, some, constants)
+
+        scan = nn.scan(
+            nn.remat(layer, prevent_cse=False),  # a scan is barrier enough
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
+        _, found = scan(self, None, parts)
+        return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
 
 
 class NodeEmbedding(nn.Module):
@@ -398,14 +522,14 @@ class NodeEmbedding(nn.Module):
         return ElementTable(self.mul, self.num_elements, name="linear")(elements)
 
 
-def _edges(
-    config: MACEConfig, r: Array, graph: Graph, one_hot: Array, constants: Constants
-) -> Edges:
+def _edges(config: MACEConfig, atoms: Atoms, constants: Constants) -> Edges:
+    graph, (_, one_hot) = atoms.graph, atoms.everyone
+    r = jnp.linalg.norm(graph.vectors, axis=-1)
     cutoff = radial.polynomial_cutoff(r, config.r_max, config.cutoff_power)
     # Padding edges lie beyond the cutoff, where steep radial functions could overflow.
     x = jnp.minimum(r, config.r_max)
     if config.distance_transform != "None":
-        x = _transformed(config, x, graph, constants.transform)
+        x = _transformed(config, x, atoms, constants.transform)
     numbers = constants.basis
     if config.radial_type == "bessel":
         basis = radial.bessel(x, numbers["bessel_weights"], numbers["prefactor"])
@@ -418,12 +542,13 @@ def _edges(
         basis, factor = basis * cutoff[..., None], (r < config.r_max).astype(r.dtype)
     else:
         factor = cutoff
-    harmonics = _harmonics(config.edge_irreps, graph.vectors / r[..., None])
-    return Edges(harmonics, basis, factor, (one_hot[graph.senders], one_hot[graph.receivers]))
+    harmonics = spherical_harmonics(config.edge_irreps, graph.vectors / r[..., None])
+    elements = one_hot[graph.senders], atoms.one_hot[graph.receivers]
+    return Edges(r, harmonics, basis, factor, elements)
 
 
-def _transformed(config: MACEConfig, r: Array, graph: Graph, numbers: Mapping[str, Array]) -> Array:
-    radii = _pair_radii(graph, numbers)
+def _transformed(config: MACEConfig, r: Array, atoms: Atoms, numbers: Mapping[str, Array]) -> Array:
+    radii = sum(_of_pairs(numbers["covalent_radii"], atoms))
     if config.distance_transform == "Agnesi":
         return radial.agnesi(r, radii, numbers["a"], numbers["q"], numbers["p"])
     if config.distance_transform == "Soft":
@@ -431,28 +556,19 @@ def _transformed(config: MACEConfig, r: Array, graph: Graph, numbers: Mapping[st
     return radial.soft_0_3_6(r, radii, numbers["a"], numbers["b"])
 
 
-def _pair_radii(graph: Graph, numbers: Mapping[str, Array]) -> Array:
-    """[R, K] Å, sums of covalent radii."""
-    radii = numbers["covalent_radii"][graph.elements][graph.species]
-    return radii[graph.senders] + radii[graph.receivers][:, None]
+def _of_pairs(table: Array, atoms: Atoms) -> tuple[Array, Array]:
+    """Rows of a table over elements, of senders [R, K] and of receivers [R, 1]."""
+    graph, (species, _) = atoms.graph, atoms.everyone
+    values = table[graph.elements]
+    return values[species][graph.senders], values[graph.species][graph.receivers][:, None]
 
 
-def _repulsion(config: MACEConfig, r: Array, graph: Graph, constants: Constants) -> Array:
-    """[N] eV."""
-    charges = constants.charges[graph.elements][graph.species]
-    pair = charges[graph.senders], charges[graph.receivers][:, None]
+def _repulsion(config: MACEConfig, edges: Edges, atoms: Atoms, constants: Constants) -> Array:
+    """[n] eV."""
     numbers = constants.repulsion
-    radii = _pair_radii(graph, numbers)
-    values = radial.zbl(r, pair, radii, config.repulsion_power, numbers)
+    pair = _of_pairs(constants.charges, atoms)
+    radii = sum(_of_pairs(numbers["covalent_radii"], atoms))
+    values = radial.zbl(edges.lengths, pair, radii, config.repulsion_power, numbers)
     # torch sees no pair beyond the model's cutoff, where padding lies
-    values = jnp.where(r < config.r_max, values, 0.0)
-    return sum_rows(values.sum(axis=1), graph)
-
-
-def _harmonics(irreps: str, directions: Array) -> Features:
-    """Real harmonics of unit vectors, e3nn's component normalisation: [R, K, 3] -> [R, K, 2l+1]."""
-    values = e3nn.spherical_harmonics(
-        e3nn.Irreps(irreps), directions, normalize=False, normalization="component"
-    )
-    blocks = zip(values.irreps, values.chunks, strict=True)
-    return {str(ir): block[..., 0, :] for (_, ir), block in blocks}
+    values = jnp.where(edges.lengths < config.r_max, values, 0.0)
+    return sum_rows(values.sum(axis=1), atoms.graph)
