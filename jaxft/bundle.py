@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def cast(model: Potential, params: Params, dtype: str) -> tuple[Potential, Param
     buffers = {
         name: value if name == E0_BUFFER else leaf(value) for name, value in model.buffers.items()
     }
-    return Potential(model.config, buffers), jax.tree.map(leaf, params)
+    return replace(model, buffers=buffers), jax.tree.map(leaf, params)
 
 
 def require_dtype(dtype: str) -> str:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft.graph import Graph, sum_atoms, sum_rows, sum_senders
+from jaxft.models.backend import XLA, Backend, choose
 from jaxft.models.config import EmbeddingConfig, MACEConfig
-from jaxft.models.contraction import Coupling, compress
+from jaxft.models.contraction import Coupling, compress, noise_of
 from jaxft.models.irreps import multiplicities
 from jaxft.models.mace import MACE, Constants
 from jaxft.typing import Array, Params
@@ -46,6 +47,18 @@ class Potential:
     config: MACEConfig
     buffers: Mapping[str, np.ndarray]
     """Constants of the model file by path, in the file's own dtypes and layouts."""
+    backend: Backend = XLA
+    """Who computes messages and contractions: how, never what. Not part of a bundle."""
+
+    def with_backend(self, asked: str) -> Potential:
+        """The same potential, computed by ``auto``, ``xla`` or ``cueq``.
+
+        Raises:
+          ValueError: there is no such backend, or it cannot be used here or for this model.
+        """
+        backend = choose(asked).backend
+        backend.check(self.config)
+        return replace(self, backend=backend)
 
     @property
     def atomic_numbers(self) -> tuple[int, ...]:
@@ -101,7 +114,7 @@ class Potential:
 
     @property
     def module(self) -> MACE:
-        return MACE(self.config)
+        return MACE(self.config, self.backend)
 
     @functools.cached_property
     def constants(self) -> Constants:
@@ -138,14 +151,16 @@ class Potential:
                 )
         return found
 
-    def _couplings(self, layer: int) -> dict[str, Coupling]:
+    def _couplings(self, layer: int) -> Any:
         product = self.config.products[layer]
-        found = {}
+        found, noise = {}, 0.0
         for name in multiplicities(product.irreps_out):
             path = f"products_{layer}/symmetric_contractions/{name}"
             u = {nu: self.buffers[f"{path}/U_matrix_{nu}"] for nu in _orders(product.correlation)}
             found[name] = _compressed(tuple(u), *(_Hashed(value) for value in u.values()))
-        return found
+            noise = max(noise, noise_of(u.values()))
+        channels = next(iter(multiplicities(product.irreps_in).values()))
+        return self.backend.couple(found, channels, noise)
 
     def init(self, key: Array, *, dtype: str = "float32") -> Params:
         """Random parameters with torch MACE's initial distributions."""

@@ -49,7 +49,7 @@ class _Alike:
     def __init__(self, model: Potential) -> None:
         self.model = model
         arrays = tuple((k, id(v)) for k, v in sorted(model.buffers.items()) if k != E0_BUFFER)
-        self._key = (id(model.config), arrays)  # `model` keeps them alive
+        self._key = (id(model.config), model.backend, arrays)  # `model` keeps them alive
 
     def __hash__(self) -> int:
         return hash(self._key)

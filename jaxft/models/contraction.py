@@ -9,8 +9,8 @@ in float64, into ``basis · projection``. The native weights stay the trained le
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ def weight_names(correlation: int) -> list[str]:
     return ["weights_max", *(f"weights_{i}" for i in range(correlation - 1))]
 
 
+def noise_of(u_matrices: Iterable[np.ndarray]) -> float:
+    """Relative uncertainty that their dtype leaves in coupling tensors."""
+    return 1e3 * float(max(np.finfo(u.dtype).eps for u in u_matrices))
+
+
 def compress(u_matrices: Mapping[int, np.ndarray], num_components: int) -> Coupling:
     """Factor the coupling tensors ``{ν: U}`` of one output irrep.
 
@@ -50,7 +55,7 @@ def compress(u_matrices: Mapping[int, np.ndarray], num_components: int) -> Coupl
     """
     order = max(u_matrices)
     lm = next(iter(u_matrices.values())).shape[-2]
-    noise = 1e3 * max(np.finfo(u.dtype).eps for u in u_matrices.values())
+    noise = noise_of(u_matrices.values())
     monomials: list[tuple[int, ...]] = []
     bases, projections = [], []
     for nu in range(order, 0, -1):
@@ -109,6 +114,49 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return full
 
 
+def contract(
+    x: Array,
+    weights: Mapping[str, Array],
+    one_hot: Array,
+    couplings: Mapping[str, Coupling],
+) -> Features:
+    """The contraction of one block.
+
+    Args:
+      x: [N, lm, C].
+      weights: native, {output irrep: [S, k, C]}.
+      one_hot: [N, S] elements.
+      couplings: {output irrep: coupling}.
+
+    Returns:
+      {output irrep: [N, 2L + 1, C]}.
+    """
+    n, lm, channels = x.shape
+    columns = x.transpose(1, 0, 2).reshape(lm, n * channels)
+    columns = jnp.concatenate([columns, jnp.ones_like(columns[:1])])
+    out: Features = {}
+    for name, native in weights.items():
+        coupling = couplings[name]
+        monomials = pick(coupling.selectors[0], columns)
+        for selector in coupling.selectors[1:]:
+            monomials = monomials * pick(selector, columns)
+        components, rank, _ = coupling.basis.shape
+        basis = coupling.basis.reshape(components * rank, -1)
+        terms = mix(basis.T[None], monomials[None]).reshape(components, rank, -1)
+        reduced = jnp.einsum("rk,skc->rsc", coupling.projection, native)
+        # A product with the one-hot rows, since the transpose of a gather is a scatter with
+        # few, contended targets.
+        reduced = jnp.einsum("rsc,ns->rnc", reduced, one_hot).reshape(-1, n * channels)
+        # one fused loop; as a reduction over a short axis XLA takes ten times as long
+        summed = sum(terms[:, r] * reduced[r] for r in range(rank))
+        out[name] = summed.reshape(-1, n, channels).transpose(1, 0, 2)
+    return out
+
+
+ContractFn = Callable[[Array, Mapping[str, Array], Array, Any], Features]
+"""Like :func:`contract`; couplings are what its backend makes of them."""
+
+
 class SymmetricContraction(nn.Module):
     """Products of up to ν neighbourhood features, weighted per element."""
 
@@ -116,33 +164,16 @@ class SymmetricContraction(nn.Module):
     paths: tuple[tuple[int, ...], ...]
     """Per output irrep: number of native paths for ν = correlation, correlation - 1, …, 1."""
     num_elements: int
+    contract: ContractFn
 
     @nn.compact
-    def __call__(
-        self, x: Array, elements: Array, one_hot: Array, couplings: Mapping[str, Coupling]
-    ) -> Features:
+    def __call__(self, x: Array, elements: Array, one_hot: Array, couplings: Any) -> Features:
         """[N, lm, C], [S] element table rows, [N, S] -> {irrep: [N, 2L + 1, C]}."""
-        n, lm, channels = x.shape
-        columns = x.transpose(1, 0, 2).reshape(lm, n * channels)
-        columns = jnp.concatenate([columns, jnp.ones_like(columns[:1])])
-        out: Features = {}
+        weights = {}
         for name, paths in zip(multiplicities(self.irreps_out), self.paths, strict=True):
-            coupling = couplings[name]
-            monomials = pick(coupling.selectors[0], columns)
-            for selector in coupling.selectors[1:]:
-                monomials = monomials * pick(selector, columns)
-            components, rank, _ = coupling.basis.shape
-            basis = coupling.basis.reshape(components * rank, -1)
-            terms = mix(basis.T[None], monomials[None]).reshape(components, rank, -1)
-            weights = NativeWeights(paths, self.num_elements, channels, name=name)()
-            reduced = jnp.einsum("rk,skc->rsc", coupling.projection, weights[elements])
-            # A product with the one-hot rows, since the transpose of a gather is a scatter with
-            # few, contended targets.
-            reduced = jnp.einsum("rsc,ns->rnc", reduced, one_hot).reshape(-1, n * channels)
-            # one fused loop; as a reduction over a short axis XLA takes ten times as long
-            summed = sum(terms[:, r] * reduced[r] for r in range(rank))
-            out[name] = summed.reshape(-1, n, channels).transpose(1, 0, 2)
-        return out
+            native = NativeWeights(paths, self.num_elements, x.shape[-1], name=name)()
+            weights[name] = native[elements]
+        return self.contract(x, weights, one_hot, couplings)
 
 
 class NativeWeights(nn.Module):

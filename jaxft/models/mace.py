@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxft.graph import Graph, sum_rows
 from jaxft.models import radial
+from jaxft.models.backend import XLA, Backend
 from jaxft.models.config import (
     EmbeddingConfig,
     InteractionConfig,
@@ -28,8 +29,7 @@ from jaxft.models.config import (
     ProductConfig,
     ReadoutConfig,
 )
-from jaxft.models.contraction import Coupling, SymmetricContraction
-from jaxft.models.conv import convolve
+from jaxft.models.contraction import SymmetricContraction
 from jaxft.models.harmonics import spherical_harmonics
 from jaxft.models.irreps import (
     Features,
@@ -60,8 +60,8 @@ class Constants(NamedTuple):
     """[H] eV."""
     shift: Array
     """[H] eV per atom."""
-    couplings: tuple[Mapping[str, Coupling], ...]
-    """One mapping {output irrep: coupling} per product block."""
+    couplings: tuple[Any, ...]
+    """Per product block, what the backend made of them."""
 
 
 class Edges(NamedTuple):
@@ -151,6 +151,7 @@ class Interaction(nn.Module):
 
     config: InteractionConfig
     model: MACEConfig
+    backend: Backend
 
     def setup(self) -> None:
         config, num_elements = self.config, self.model.num_elements
@@ -186,7 +187,7 @@ class Interaction(nn.Module):
         hidden, matrix = self.conv_tp_weights(edges.basis)
         if not self.model.apply_cutoff:
             hidden = hidden * edges.factor[..., None]
-        message = convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
+        message = self.backend.convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
         message = self.linear(message)
         if config.has_density:
             x_last, column = self.density_fn(edges.basis)
@@ -220,6 +221,7 @@ class NonLinearInteraction(nn.Module):
 
     config: InteractionConfig
     model: MACEConfig
+    backend: Backend
 
     def setup(self) -> None:
         config, num_elements = self.config, self.model.num_elements
@@ -256,7 +258,7 @@ class NonLinearInteraction(nn.Module):
         hidden = hidden * edges.factor[..., None]
         last, column = self.density_fn(edges.basis, source, target, edges.elements)
         density = _density(last @ column, edges, graph, vanishes=False)
-        message = convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
+        message = self.backend.convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
         message = {
             name: block / (density * self.beta + self.alpha) + residual.get(name, 0.0)
             for name, block in self.linear_1(message).items()
@@ -282,6 +284,7 @@ class Product(nn.Module):
 
     config: ProductConfig
     num_elements: int
+    backend: Backend
 
     @nn.compact
     def __call__(
@@ -290,7 +293,7 @@ class Product(nn.Module):
         connected: Features,
         graph: Graph,
         one_hot: Array,
-        couplings: Mapping[str, Coupling],
+        couplings: Any,
     ) -> Features:
         config = self.config
         elements, num_elements = graph.elements, self.num_elements
@@ -298,7 +301,11 @@ class Product(nn.Module):
             elements, num_elements = jnp.zeros_like(elements[:1]), 1
             one_hot = jnp.ones_like(one_hot[:, :1])
         contract = SymmetricContraction(
-            config.irreps_out, config.paths, num_elements, name="symmetric_contractions"
+            config.irreps_out,
+            config.paths,
+            num_elements,
+            self.backend.contract,
+            name="symmetric_contractions",
         )
         x = contract(message, elements, one_hot, couplings)
         x = Linear(config.irreps_out, name="linear")(x)
@@ -388,6 +395,7 @@ class MACE(nn.Module):
     """Interaction energy per atom."""
 
     config: MACEConfig
+    backend: Backend = XLA
 
     def setup(self) -> None:
         config = self.config
@@ -399,10 +407,14 @@ class MACE(nn.Module):
             linear = ReadoutConfig(kind="linear", irreps_in=f"{mul}x0e")
             self.embedding_readout = Readout(linear, config)
         self.interactions = [
-            (NonLinearInteraction if block.is_nonlinear else Interaction)(block, config)
+            (NonLinearInteraction if block.is_nonlinear else Interaction)(
+                block, config, self.backend
+            )
             for block in config.interactions
         ]
-        self.products = [Product(product, config.num_elements) for product in config.products]
+        self.products = [
+            Product(product, config.num_elements, self.backend) for product in config.products
+        ]
         self.readouts = [Readout(readout, config) for readout in config.readouts]
 
     def __call__(self, graph: Graph, constants: Constants) -> Array:
