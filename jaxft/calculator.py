@@ -62,11 +62,13 @@ class JaxftCalculator(Calculator):
         16) is evaluated in blocks of about so many, one after the other. The memory then is that
         of one block, and of a few arrays of atoms and channels; results differ by rounding only.
         By default what suits the platform: 16,384 on CPUs.
+      backend: ``auto``, ``xla`` or ``cueq``; by default that of a given potential, or ``auto``.
 
     Raises:
       ValueError: blocks of less than one edge, an unknown head, a path with or a potential without
-        ``params``, or float64 while JAX has it switched off. On calculation: an element that the
-        model does not know, or an impossible geometry; nothing is compiled then.
+        ``params``, a backend that cannot be used here, or float64 while JAX has it switched off. On
+        calculation: an element that the model does not know, or an impossible geometry; nothing is
+        compiled then.
 
     Example::
 
@@ -87,12 +89,13 @@ class JaxftCalculator(Calculator):
         dtype: str | None = None,
         head: str | None = None,
         max_edges_per_block: int | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.max_edges_per_block = edges_per_block(max_edges_per_block)
         model, params = _loaded(model_or_path, params, dtype)
         self.head = model.heads[model.head_index(head)]
-        self.model = model
+        self.model = model if backend is None else model.with_backend(backend)
         self.dtype = working_dtype(params, dtype)
         self._params = cast(params, self.dtype)
         self._compiled: list[_Static] = []
@@ -102,6 +105,7 @@ class JaxftCalculator(Calculator):
     def __repr__(self) -> str:
         return (
             f"JaxftCalculator(head={self.head!r}, dtype={self.dtype!r}, "
+            f"backend={self.model.backend.name!r}, "
             f"max_edges_per_block={self.max_edges_per_block}, blocks={self.blocks}, "
             f"compilations={self.compilations})"
         )

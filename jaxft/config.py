@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from jaxft.models.backend import Name as Backend
 from jaxft.recipe import KeysConfig, Replay, Setting, StrategyConfig, Strict
 from jaxft.strategies import Strategy
 
@@ -183,6 +184,8 @@ class Config(Strict):
     keep_checkpoints: int = Field(1, ge=1)
     dtype: Literal["float32", "float64", "mixed"] = "float32"
     """``mixed``: parameters and optimiser in float64, the model in float32."""
+    backend: Backend = "auto"
+    """Who computes messages and contractions; ``auto`` is xla on every platform."""
     cache: Path | None = None
     """Folder for neighbour lists."""
     tensorboard: bool = False

@@ -74,6 +74,15 @@ def start(config: Config) -> Start:
     return Start(model, jax.tree.map(jax.numpy.asarray, params), known, like)
 
 
+def computing(config: Config, begin: Start) -> Start:
+    """The same start, with the backend that the config asks for.
+
+    Raises:
+      ValueError: the backend cannot be used here or for this model.
+    """
+    return replace(begin, base=begin.base.with_backend(config.backend))
+
+
 def recipe(config: Config) -> tuple[Recipe, Params]:
     """The recipe of a config and the parameters that it acts on; reads data if strategies do."""
     begin = start(config)
@@ -89,7 +98,7 @@ def read(config: Config, console: Console) -> Inputs:
     Raises:
       ValueError: input that cannot be used.
     """
-    begin = start(config)
+    begin = computing(config, start(config))
     names = keys(config)
     train, valid = _labelled_frames(config)
     tests = {

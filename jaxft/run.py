@@ -20,6 +20,7 @@ from jaxft.evaluate.predictions import FrameResult, predict_frames
 from jaxft.fit import FitResult, FitSettings, fit
 from jaxft.inputs import Inputs
 from jaxft.logs import Logger, Logs, TensorBoard, Wandb
+from jaxft.models.backend import choose
 from jaxft.objective import objective
 from jaxft.optimizer import Plateau
 from jaxft.potential import Potential
@@ -84,6 +85,7 @@ def finetune(
             output.mkdir(parents=True, exist_ok=True)
             (output / CONFIG).write_text(configs.to_yaml(config))
     console.print(_devices(mesh), highlight=False)
+    console.print(f"computes with {choose(config.backend)}", highlight=False)
     display = Display(console, initial_error=MISMATCH)
     fitted = _fit(config, given, tx, schedule, display, logger, mesh)
     path = output / MODEL

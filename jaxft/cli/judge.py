@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from jaxft.cli.shared import Dtype, Head, Json, app, command, console, evaluate_app, load
+from jaxft.cli.shared import (
+    BackendName,
+    Dtype,
+    Head,
+    Json,
+    app,
+    command,
+    console,
+    evaluate_app,
+    load,
+)
 
 
 @app.command()
@@ -24,12 +34,15 @@ def predict(
         int | None,
         typer.Option(min=1, help="Bounds the memory. Default: what suits the platform."),
     ] = None,
+    backend: Annotated[BackendName, typer.Option(help="auto is xla.")] = BackendName.auto,
 ) -> None:
     """Energies, forces and stresses of all frames of IN, written to OUT.xyz."""
     from jaxft.display import Display
     from jaxft.evaluate.predictions import predict_file
+    from jaxft.models.backend import choose
 
-    model, params = load(bundle, dtype, head)
+    model, params = load(bundle, dtype, head, backend.value)
+    console.print(f"computes with {choose(backend.value)}", highlight=False)
     with Display(console).counter(label="predict") as advance:
         count = predict_file(
             model,

@@ -20,6 +20,7 @@ def info(path: Path, as_json: Json = False) -> None:
     """What a torch .model file or a bundle holds."""
     from converters.inspect import inspect
     from jaxft import hugepages, inspection
+    from jaxft.models.backend import usable
 
     facts = inspect(path)
     if as_json:
@@ -27,6 +28,7 @@ def info(path: Path, as_json: Json = False) -> None:
     else:
         console.print(inspection.page(facts))
         console.print(f"compiled programs  {keep_programs()}", highlight=False, soft_wrap=True)
+        console.print(f"backend            {usable()}", highlight=False, soft_wrap=True)
         console.print(f"huge pages         {hugepages.state()[1]}", highlight=False, soft_wrap=True)
     if not facts["convertible"]:
         raise typer.Exit(EXIT_INPUT)

@@ -34,6 +34,12 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class BackendName(StrEnum):
+    auto = "auto"
+    xla = "xla"
+    cueq = "cueq"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Head = Annotated[str | None, typer.Option(help="Head, where the model has several.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")]
@@ -77,13 +83,20 @@ def _leave(error: Exception, code: int, *, is_common: bool) -> NoReturn:
     raise typer.Exit(code) from error
 
 
-def use(dtype: str | None) -> None:
-    """Let JAX compute in ``dtype`` and keep its programs; before its first computation."""
+def use(dtype: str | None, backend: str = "auto") -> None:
+    """Let JAX compute in ``dtype`` and keep its programs, if those of ``backend`` can be kept;
+    before its first computation."""
     import jax
 
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    keep_programs()
+    if backend == "cueq":
+        from jaxft import compilation
+        from jaxft.models import cueq
+
+        compilation.disable_cache(cueq.NO_CACHE)
+    else:
+        keep_programs()
 
 
 def keep_programs() -> Any:
@@ -106,11 +119,14 @@ def keep_programs() -> Any:
         return compilation.disable_cache("the default folder cannot be used")
 
 
-def load(bundle: Path, dtype: Dtype | None, head: str | None) -> tuple[Any, Any]:
+def load(
+    bundle: Path, dtype: Dtype | None, head: str | None, backend: str = "auto"
+) -> tuple[Any, Any]:
     from jaxft import bundle as bundles
 
     model, params, _ = bundles.load_numpy(bundle)
     model.head_index(head)
     wanted = dtype.value if dtype else bundles.stored_dtype(params)
-    use(wanted)
-    return bundles.load(bundle, dtype=wanted)
+    use(wanted, backend)
+    model, params = bundles.load(bundle, dtype=wanted)
+    return model.with_backend(backend), params

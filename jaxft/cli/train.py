@@ -221,5 +221,5 @@ def _settings(config: Path, overrides: list[str] | None) -> Any:
     from jaxft import config as configs
 
     settings = configs.load(config, overrides or ())
-    use(settings.parameter_dtype)
+    use(settings.parameter_dtype, settings.backend)
     return settings

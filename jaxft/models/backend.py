@@ -120,14 +120,17 @@ def choose(asked: str = "auto") -> Choice:
         return Choice(XLA, "as asked for")
     if asked == "cueq":
         cueq.require()
+        cueq.require_no_cache()
         return Choice(cueq.Cueq(), f"as asked for; compiled programs are not kept: {cueq.NO_CACHE}")
     raise ValueError(f"there is no backend {asked!r}; use auto, xla or cueq.")
 
 
-def others() -> str:
-    """What else could be asked for here, or why not; for people."""
+def usable() -> str:
+    """What ``auto`` chooses here, and what else could be asked for or why not; for people."""
     try:
         cueq.require()
     except ValueError as error:
-        return f"cueq cannot be used: {str(error).splitlines()[0]}"
-    return "cueq can be asked for"
+        other = f"cueq cannot be used here: {str(error).splitlines()[0]}"
+    else:
+        other = "cueq can be asked for"
+    return f"{choose()}; {other}"

@@ -143,12 +143,16 @@ def require() -> None:
             "use backend: xla here, or install jaxft[cuda] on a machine with one."
         )
     _import("cuequivariance_ops_jax")
+
+
+def require_no_cache() -> None:
+    """Raises ValueError if JAX would keep compiled programs on disk, or load them."""
     kept = compilation.cache()
     if kept.folder is not None:
         raise ValueError(
-            f"backend: cueq cannot be used while compiled programs are {kept}: {NO_CACHE}, and "
-            "another process would follow stale ones.\nCall jaxft.compilation.disable_cache(…) "
-            "before, or set JAX_ENABLE_COMPILATION_CACHE=false."
+            f"backend: cueq cannot be used while compiled programs are {kept}: {NO_CACHE},\n"
+            "which another process would follow. Call jaxft.compilation.disable_cache('cueq') "
+            "before."
         )
 
 
