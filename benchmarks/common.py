@@ -412,6 +412,41 @@ class Jaxft(Side):
         self._training[0], info = step(state, self.batch)
         jax.block_until_ready((self._training[0], info))
 
+    def roofline(self) -> dict[str, float]:
+        """What XLA counts of a step, what this machine can do at most, and the time these imply.
+
+        Peaks are the best of ten: a product of two matrices of 2048, and ``a + b`` of 64 MiB each.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        state, step = self._training
+        counts = step.lower(state, self.batch).compile().cost_analysis()
+        dtype = self.batch.graph.vectors.dtype
+        square, long = jnp.ones((2048, 2048), dtype), jnp.ones(2**26 // dtype.itemsize, dtype)
+        product = jax.jit(lambda x: jnp.dot(x, x, precision=PRECISION))
+        triad = jax.jit(jnp.add)
+        jax.block_until_ready((product(square), triad(long, long + 1)))
+        other = long + 1
+        rate = (
+            2
+            * 2048**3
+            / min(seconds(lambda: product(square).block_until_ready()) for _ in range(10))
+        )
+        width = (
+            3
+            * 2**26
+            / min(seconds(lambda: triad(long, other).block_until_ready()) for _ in range(10))
+        )
+        limit = max(counts["flops"] / rate, counts["bytes accessed"] / width)
+        return {
+            "counted_GFLOP": round(counts["flops"] / 1e9, 1),
+            "counted_GB": round(counts["bytes accessed"] / 1e9, 1),
+            "peak_GFLOP_per_s": round(rate / 1e9),
+            "peak_GB_per_s": round(width / 1e9),
+            "limit_seconds": round(limit, 3),
+        }
+
     @functools.cached_property
     def _predict(self) -> Any:
         import jax

@@ -16,6 +16,10 @@ torch runs in two processes, with glibc's default allocator (``ratio``) and tune
 (``ratio_tuned``, the settings ``TUNED`` in ``common.py``). The last line is a JSON object: medians
 of the rounds that were steady, ratios torch time / jaxft time, and the settings. Models that do not
 fit into memory three times: ``--malloc default`` and ``--malloc tuned``, one after the other.
+
+``limit_seconds`` is the roofline: the larger of the floating-point operations that XLA counts over
+this machine's best rate in a large matrix product, and of the bytes over its best rate in a sum of
+two long vectors. ``share_of_limit`` is how much of a step that is.
 """
 
 from __future__ import annotations
@@ -79,6 +83,7 @@ def main() -> None:
                 runners[f"{name}_frozen"] = functools.partial(child.turn, "frozen_step")
         timing = alternate(runners | {"jaxft": ours.turn}, args.rounds)
         facts = reference.call("facts") | ours.call("facts")
+        roofline = ours.call("roofline")
         memory = {n: c.call("memory")["peak"] for n, c in {**references, "jaxft": ours}.items()}
     for name, value in timing.medians.items():
         say(f"{name:20s} {value:8.3f} s per step, {value / timing.medians['jaxft']:.2f} of jaxft's")
@@ -87,6 +92,8 @@ def main() -> None:
         **(ratios(timing.medians, suffix="_frozen") if args.train != "all" else {}),
         **timing.summary(),
         "jaxft_first_step_seconds": round(first, 2),
+        **roofline,
+        "share_of_limit": round(roofline["limit_seconds"] / timing.medians["jaxft"], 2),
         "deviation": {name: float(f"{value:.1e}") for name, value in deviations.items()},
         "peak_MB_comparison_included": memory,
         **settings(args, model=args.model, trained=args.train, loss="E+F+S, Adam", **facts),
