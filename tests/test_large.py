@@ -111,7 +111,7 @@ def test_memory_is_that_of_a_block_and_not_of_the_system(small):
     sizes = {}
     for cells in (1, 8):
         atoms = ase.build.bulk("NaCl", "rocksalt", 5.6, cubic=True).repeat((cells, 4, 4))
-        dataset = data.prepare([data.unlabelled(atoms)], model, row_width=16)
+        dataset = prepared(model, atoms)
         shape = data.Shape(len(atoms) + 2 * cells, len(dataset.samples[0].receivers), 2)
         graph = data.pack(dataset, [0], shape, "float64").graph
         for blocks in {1, 2 * cells}:
@@ -147,7 +147,7 @@ def test_blocks_hold_every_row_once_and_receivers_ascend(small):
 
 def packed_nacl(model):
     atoms = ase.build.bulk("NaCl", "rocksalt", 5.6, cubic=True)
-    dataset = data.prepare([data.unlabelled(atoms)], model, row_width=16)
+    dataset = prepared(model, atoms)
     return data.pack(dataset, [0], data.Shape(12, 64, 2), "float64").graph
 
 
@@ -178,6 +178,10 @@ def solid(seed=0):
     return atoms
 
 
+def prepared(model, atoms):
+    return data.prepare([data.unlabelled(atoms)], model, row_width=16)
+
+
 def test_the_calculator_says_the_same_in_any_number_of_blocks(small):
     atoms = solid()
     found = {}
@@ -199,10 +203,14 @@ def test_the_calculator_says_the_same_in_any_number_of_blocks(small):
 
 def test_a_calculator_in_blocks_compiles_once_while_atoms_move(small):
     calc = JaxftCalculator(*small, max_edges_per_block=1100)
+    rows = set()
     for seed in range(20):
         atoms = solid(seed)
+        atoms.rattle(0.2, seed=seed)
         atoms.calc = calc
         atoms.get_forces()
+        rows.add(int(prepared(calc.model, atoms).rows.sum()))
+    assert len(rows) >= 4
     assert calc.compilations <= 2
     assert calc.blocks > 1
     lone = atoms[:1]
