@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from jaxft.models.backend import Name as Backend
+from jaxft.models.precision import Name as Precision
 from jaxft.recipe import KeysConfig, Replay, Setting, StrategyConfig, Strict
 from jaxft.strategies import Strategy
 
@@ -186,6 +187,9 @@ class Config(Strict):
     """``mixed``: parameters and optimiser in float64, the model in float32."""
     backend: Backend = "auto"
     """Who computes messages and contractions; ``auto`` is xla on every platform."""
+    precision: Precision = "parity"
+    """Of float32 matrix products in the loss: ``train`` and ``fast`` are less exact on GPUs and
+    TPUs. Test sets are always judged with ``parity``."""
     cache: Path | None = None
     """Folder for neighbour lists."""
     tensorboard: bool = False

@@ -17,7 +17,7 @@ from jaxft.typing import LossFn, Params
 def objective(config: Config, model: Potential) -> LossFn:
     """The loss that a config asks for, in its precision."""
     chosen = loss.weighted(
-        model,
+        model.with_backend(config.backend, config.precision),
         **config.loss.terms,
         error=config.loss.error,
         delta=config.loss.delta,

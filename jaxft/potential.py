@@ -50,13 +50,15 @@ class Potential:
     backend: Backend = XLA
     """Who computes messages and contractions: how, never what. Not part of a bundle."""
 
-    def with_backend(self, asked: str) -> Potential:
-        """The same potential, computed by ``auto``, ``xla`` or ``cueq``.
+    def with_backend(self, asked: str = "auto", precision: str = "parity") -> Potential:
+        """The same potential, computed by ``auto``, ``xla`` or ``cueq``, and as exactly as
+        :mod:`jaxft.models.precision` says.
 
         Raises:
-          ValueError: there is no such backend, or it cannot be used here or for this model.
+          ValueError: there is no such backend or precision, or it cannot be used here or for this
+            model.
         """
-        backend = choose(asked).backend
+        backend = choose(asked, precision).backend
         backend.check(self.config)
         return replace(self, backend=backend)
 
@@ -169,8 +171,7 @@ class Potential:
 
     def node_energies(self, params: Params, graph: Graph) -> Array:
         """[N] eV, interaction energies; differentiable in parameters and edge vectors."""
-        # JAX's default for float32 is TF32 on recent NVIDIA and bfloat16 on TPU; torch's is not.
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(self.backend.precision.features):
             return self.module.apply({"params": params}, graph, self._cast(graph.vectors.dtype))
 
     def invariants(self, params: Params, graph: Graph) -> Array:
@@ -178,7 +179,7 @@ class Potential:
 
         Reference: ``MACECalculator.get_descriptors(invariants_only=True)`` of mace-torch.
         """
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(self.backend.precision.features):
             _, kept = self.module.apply(
                 {"params": params},
                 graph,

@@ -85,7 +85,7 @@ def finetune(
             output.mkdir(parents=True, exist_ok=True)
             (output / CONFIG).write_text(configs.to_yaml(config))
     console.print(_devices(mesh), highlight=False)
-    console.print(f"computes with {choose(config.backend)}", highlight=False)
+    console.print(f"computes with {choose(config.backend, config.precision)}", highlight=False)
     display = Display(console, initial_error=MISMATCH)
     fitted = _fit(config, given, tx, schedule, display, logger, mesh)
     path = output / MODEL

@@ -19,6 +19,7 @@ from jaxft.models import contraction, conv, cueq
 from jaxft.models.config import MACEConfig
 from jaxft.models.contraction import Coupling
 from jaxft.models.irreps import Features, Path
+from jaxft.models.precision import PARITY, Precision, named
 from jaxft.typing import Array
 
 Name = Literal["auto", "xla", "cueq"]
@@ -30,6 +31,9 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def precision(self) -> Precision: ...
 
     def check(self, config: MACEConfig) -> None:
         """Raises ValueError if it cannot compute such a model."""
@@ -63,6 +67,7 @@ class Backend(Protocol):
 class Xla:
     """Formulations in plain JAX."""
 
+    precision: Precision = PARITY
     name = "xla"
 
     def check(self, config: MACEConfig) -> None:
@@ -81,7 +86,7 @@ class Xla:
         paths: Sequence[Path],
         graph: Graph,
     ) -> Features:
-        return conv.convolve(features, harmonics, radial, paths, graph)
+        return conv.convolve(features, harmonics, radial, paths, graph, self.precision)
 
     def contract(
         self,
@@ -103,25 +108,27 @@ class Choice(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.backend.name} ({self.reason})"
+        return f"{self.backend.name} ({self.reason}), precision {self.backend.precision.name}"
 
 
-def choose(asked: str = "auto") -> Choice:
+def choose(asked: str = "auto", precision: str = "parity") -> Choice:
     """The backend that is meant.
 
     ``auto`` is xla on every platform, until a measurement on a GPU says otherwise.
 
     Raises:
-      ValueError: there is no such backend, or it cannot be used here.
+      ValueError: there is no such backend or precision, or it cannot be used here.
     """
+    policy = named(precision)
     if asked == "auto":
-        return Choice(XLA, "the default on every platform")
+        return Choice(Xla(policy), "the default on every platform")
     if asked == "xla":
-        return Choice(XLA, "as asked for")
+        return Choice(Xla(policy), "as asked for")
     if asked == "cueq":
         cueq.require()
         cueq.require_no_cache()
-        return Choice(cueq.Cueq(), f"as asked for; compiled programs are not kept: {cueq.NO_CACHE}")
+        found = cueq.Cueq(precision=policy)
+        return Choice(found, f"as asked for; compiled programs are not kept: {cueq.NO_CACHE}")
     raise ValueError(f"there is no backend {asked!r}; use auto, xla or cueq.")
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxft.graph import Graph, sum_rows
 from jaxft.models.dots import mix
 from jaxft.models.irreps import Features, Path
+from jaxft.models.precision import PARITY, Precision
 from jaxft.typing import Array
 
 
@@ -18,6 +19,7 @@ def convolve(
     radial: tuple[Array, Array],
     paths: Sequence[Path],
     graph: Graph,
+    precision: Precision = PARITY,
 ) -> Features:
     """Sum the tensor products of all edges onto their receivers.
 
@@ -30,6 +32,7 @@ def convolve(
       radial: hidden radial features [R, K, h] and the matrix [h, ΣC over the paths].
       paths: in the order of the matrix's columns.
       graph: rows and slots.
+      precision: of the radial weights.
 
     Returns:
       {irrep: [N, 2l + 1, ΣC over its slots]}, the slots of one irrep side by side in path order.
@@ -40,7 +43,7 @@ def convolve(
     start = 0
     for path in paths:
         stop = start + features[path.node].shape[-1]
-        weights = hidden @ matrix[:, start:stop]
+        weights = jnp.matmul(hidden, matrix[:, start:stop], precision=precision.radial)
         start = stop
         coupling = jnp.asarray(path.coupling, weights.dtype)
         angular = jnp.einsum("rkj,ijm->rkim", harmonics[path.edge], coupling)

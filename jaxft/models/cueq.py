@@ -26,9 +26,10 @@ from jaxft.graph import Graph
 from jaxft.models.config import MACEConfig
 from jaxft.models.contraction import Coupling
 from jaxft.models.irreps import Features, Path, multiplicities
+from jaxft.models.precision import PARITY, Precision
 from jaxft.typing import Array
 
-INSTALL = "pip install 'jaxft[cueq]' (NVIDIA, Linux, Python >= 3.12)"
+INSTALL = "pip install 'jaxft[cuda,cueq]' (NVIDIA, Linux, Python >= 3.12)"
 
 NO_CACHE = "programs of cueq hold handles of their process"
 """Why compiled programs must not be kept on disk: another process would follow stale handles."""
@@ -57,6 +58,7 @@ class Cueq:
 
     method: str = "uniform_1d"
     """Of ``segmented_polynomial``. Tests on other platforms use ``naive``, which is slow."""
+    precision: Precision = PARITY
     name = "cueq"
 
     def check(self, config: MACEConfig) -> None:
@@ -86,7 +88,7 @@ class Cueq:
         channels = next(iter(features.values())).shape[-1]
         slots = _slots(paths)
         polynomial = _messages(paths, channels, list(features), list(harmonics))
-        weights = (hidden @ matrix).reshape(edges, -1)
+        weights = jnp.matmul(hidden, matrix, precision=self.precision.radial).reshape(edges, -1)
         nodes = jnp.concatenate([_flat(block) for block in features.values()], axis=1)
         angular = jnp.concatenate(
             [block.reshape(edges, -1) for block in harmonics.values()], axis=1
@@ -172,12 +174,13 @@ def sparsify(coupling: Coupling, noise: float) -> Coupling:
     rows = np.asarray(coupling.basis).transpose(1, 0, 2).reshape(rank, -1)
     exact = rows.T @ coupling.projection
     echelon, pivots = _echelon(rows, noise)
+    echelon = echelon[: len(pivots)]
     projection = rows[:, pivots].T @ coupling.projection
     error = np.abs(echelon.T @ projection - exact).max(initial=0.0)
-    if error > noise * max(rank, 1) * np.abs(exact).max(initial=1.0):
+    if len(pivots) < rank or error > noise * max(rank, 1) * np.abs(exact).max(initial=1.0):
         raise ValueError(
-            f"the coupling tensor has no clean sparse basis: {rank} rows leave an error of "
-            f"{error:.1e}; use backend: xla."
+            f"the coupling tensor has no clean sparse basis: {len(pivots)} of {rank} rows leave an "
+            f"error of {error:.1e}; use backend: xla."
         )
     basis = echelon.reshape(rank, components, monomials).transpose(1, 0, 2)
     return Coupling(coupling.selectors, basis, projection)

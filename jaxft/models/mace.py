@@ -184,7 +184,8 @@ class Interaction(nn.Module):
         config, graph = self.config, atoms.graph
         connected = self.skip_tp(x, graph.elements, atoms.one_hot) if config.is_residual else {}
         paths, _ = _paths(config, self.model.edge_irreps)
-        hidden, matrix = self.conv_tp_weights(edges.basis)
+        with jax.default_matmul_precision(self.backend.precision.radial):
+            hidden, matrix = self.conv_tp_weights(edges.basis)
         if not self.model.apply_cutoff:
             hidden = hidden * edges.factor[..., None]
         message = self.backend.convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
@@ -254,9 +255,10 @@ class NonLinearInteraction(nn.Module):
         paths, _ = _paths(self.config, self.model.edge_irreps)
         source = self.source_embedding(graph.elements)
         target = self.target_embedding(graph.elements)
-        hidden, matrix = self.conv_tp_weights(edges.basis, source, target, edges.elements)
+        with jax.default_matmul_precision(self.backend.precision.radial):
+            hidden, matrix = self.conv_tp_weights(edges.basis, source, target, edges.elements)
+            last, column = self.density_fn(edges.basis, source, target, edges.elements)
         hidden = hidden * edges.factor[..., None]
-        last, column = self.density_fn(edges.basis, source, target, edges.elements)
         density = _density(last @ column, edges, graph, vanishes=False)
         message = self.backend.convolve(everyone, edges.harmonics, (hidden, matrix), paths, graph)
         message = {
