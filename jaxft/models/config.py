@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import e3nn_jax as e3nn
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from jaxft.models.e3nn import e3nn
 
 
 def _checked_irreps(text: str) -> str:

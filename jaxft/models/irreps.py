@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import e3nn_jax as e3nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.models.e3nn import e3nn
 from jaxft.typing import Array
 
 Features = dict[str, Array]
