@@ -137,10 +137,13 @@ def contract(
     out: Features = {}
     for name, native in weights.items():
         coupling = couplings[name]
+        components, rank, _ = coupling.basis.shape
+        if rank == 0:  # nothing couples to a scalar that is odd, say
+            out[name] = jnp.zeros((n, components, channels), x.dtype)
+            continue
         monomials = pick(coupling.selectors[0], columns)
         for selector in coupling.selectors[1:]:
             monomials = monomials * pick(selector, columns)
-        components, rank, _ = coupling.basis.shape
         basis = coupling.basis.reshape(components * rank, -1)
         terms = mix(basis.T[None], monomials[None]).reshape(components, rank, -1)
         reduced = jnp.einsum("rk,skc->rsc", coupling.projection, native)

@@ -17,12 +17,12 @@ def spherical_harmonics(irreps: str, directions: Array) -> Features:
 
     By coupling the harmonics of degree l - 1 with the vector itself.
     """
-    wanted = {int(name[:-1]): name for name in multiplicities(irreps)}
+    degrees = {name: int(name[:-1]) for name in multiplicities(irreps)}
     values = [jnp.ones_like(directions[..., :1])]
-    for degree in range(1, max(wanted) + 1):
+    for degree in range(1, max(degrees.values()) + 1):
         step = jnp.asarray(_step(degree), directions.dtype)
         values.append(jnp.einsum("...i,...j,ijm->...m", values[-1], directions, step))
-    return {name: values[degree] for degree, name in wanted.items()}
+    return {name: values[degree] for name, degree in degrees.items()}
 
 
 SOME = np.array([0.6, 0.0, 0.8])
