@@ -72,7 +72,10 @@ RATE = 1e-4
 """Of Adam."""
 
 WARM_UP = 2
-"""Turns of two steps before the first round; TorchScript optimises its graphs in the first."""
+"""Turns before the first round; TorchScript optimises its graphs in the first ones."""
+
+SETTLE = 2.0
+"""Seconds of calls that go before the timed ones, and of those."""
 
 UNSTEADY = 0.3
 """A round is discarded if a calibrating product took so much more or less than its median."""
@@ -160,15 +163,17 @@ class Side:
         raise NotImplementedError
 
     def turn(self, method: str = "step", *args: Any) -> Turn:
-        """Time one call, and the calibrating product before and after it.
+        """Time calls, and the calibrating product before and after them.
 
-        Another call goes before, untimed, as in a run, where a step follows a step: caches are its
-        own again, and memory that the kernel took back meanwhile is there again.
+        As in a run, where a step follows a step: the calls of the first ``SETTLE`` seconds, one at
+        least, are not timed, since while this side slept its memory may have gone back to the
+        kernel and, on virtual machines, to the host. Then the median of another ``SETTLE`` seconds
+        of calls, one at least.
         """
         step = functools.partial(getattr(self, method), *args)
         before = self._product()
-        step()
-        call = seconds(step)
+        _calls(step)
+        call = statistics.median(_calls(step))
         return Turn(max(before, self._product()), call)
 
     def _product(self) -> float:
@@ -177,6 +182,14 @@ class Side:
     def memory(self) -> dict[str, float]:
         """MB: the peak so far, and that after the imports."""
         return {"peak": round(peak_rss(), 1), "imports": round(self.baseline, 1)}
+
+
+def _calls(call: Callable[[], object]) -> list[float]:
+    """Seconds of each of as many calls as take ``SETTLE`` seconds."""
+    found = [seconds(call)]
+    while sum(found) < SETTLE:
+        found.append(seconds(call))
+    return found
 
 
 def seconds(call: Callable[[], object]) -> float:
