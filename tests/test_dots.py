@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxft.models.dots import match, mix, pick, spread
+from jaxft.models.dots import apply, match, mix, pick, spread
 
 R, K, M, C = 3, 4, 2, 5
 FORMS = {
@@ -61,3 +61,9 @@ def test_pick():
     np.testing.assert_array_equal(pick(selector, x), x[rows])
     check_grads(lambda x: pick(selector, x) ** 2, (x,), order=3, modes=("fwd", "rev"))
     assert "scatter" not in str(jax.make_jaxpr(jax.grad(lambda x: pick(selector, x).sum()))(x))
+
+
+def test_apply():
+    matrix, x = random(C, M), random(R, K, C, seed=1)
+    np.testing.assert_allclose(apply(matrix, x), x @ matrix, rtol=1e-13, atol=1e-13)
+    check_grads(apply, (matrix, x), order=3, modes=("fwd", "rev"))

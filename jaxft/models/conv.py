@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from jaxft.graph import Graph, sum_rows
-from jaxft.models.dots import mix
+from jaxft.models.dots import apply, mix
 from jaxft.models.irreps import Features, Path
 from jaxft.models.precision import PARITY, Precision
 from jaxft.typing import Array
@@ -43,7 +44,8 @@ def convolve(
     start = 0
     for path in paths:
         stop = start + features[path.node].shape[-1]
-        weights = jnp.matmul(hidden, matrix[:, start:stop], precision=precision.radial)
+        with jax.default_matmul_precision(precision.radial):
+            weights = apply(matrix[:, start:stop], hidden)
         start = stop
         coupling = jnp.asarray(path.coupling, weights.dtype)
         angular = jnp.einsum("rkj,ijm->rkim", harmonics[path.edge], coupling)

@@ -39,6 +39,16 @@ def match(long: Array, wide: Array) -> Array:
     return _MATCH.bind(long, wide, precision=_precision())
 
 
+def apply(matrix: Array, x: Array) -> Array:
+    """``x @ matrix`` for many rows: [..., a], [a, b] -> [..., b].
+
+    As one ``spread``: the gradient of the matrix transposes x, which is there, and not the
+    cotangent, which is not, and whose making XLA would fuse into a transposing copy.
+    """
+    rows = spread(x.reshape(1, -1, x.shape[-1]), matrix[None])
+    return rows.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
 def _precision() -> str | None:
     """Of the surrounding ``jax.default_matmul_precision``: derivatives are taken outside of it."""
     return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]

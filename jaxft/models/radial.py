@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxft.models.dots import apply
 from jaxft.typing import Array
 
 Pair = tuple[Array, Array]
@@ -101,7 +102,7 @@ class RadialMLP(nn.Module):
         """[..., n] -> hidden features [..., h], matrix [h, n_out] with 1/sqrt(h) included."""
         for i, width in enumerate(self.widths):
             weight = self.param(f"layer{i}", nn.initializers.normal(1.0), (x.shape[-1], width))
-            x = self.constant * jax.nn.silu(x @ (weight / jnp.sqrt(1.0 * x.shape[-1])))
+            x = self.constant * jax.nn.silu(apply(weight / jnp.sqrt(1.0 * x.shape[-1]), x))
         shape = (x.shape[-1], self.n_out)
         last = self.param(f"layer{len(self.widths)}", nn.initializers.normal(1.0), shape)
         return x, last / jnp.sqrt(1.0 * x.shape[-1])
@@ -133,9 +134,9 @@ class EdgeMLP(nn.Module):
             if i == 0:
                 onto, of_source, of_target = jnp.split(weight, (n, n + c))
                 receivers = elements[1] @ (target @ of_target + bias)
-                x = x @ onto + elements[0] @ (source @ of_source) + receivers[:, None, :]
+                x = apply(onto, x) + elements[0] @ (source @ of_source) + receivers[:, None, :]
             else:
-                x = x @ weight + bias
+                x = apply(weight, x) + bias
             x = jax.nn.silu(LayerNorm(self.eps, name=f"net_{3 * i + 1}")(x))
         weight, bias = Affine(x.shape[-1], self.n_out, name=f"net_{3 * len(self.widths)}")()
         ones = jnp.ones_like(x[..., :1])
