@@ -10,25 +10,16 @@ from jaxft.models.precision import POLICIES
 
 
 def products(model, params, batch) -> dict[bool, set[str]]:
-    """Precisions of the products in a gradient of the loss, as lowered: of radial networks or not.
-
-    A product belongs to a radial network if one of its sides has as many rows or columns as there
-    are edge slots, and none of the dimensions of small matrices in rows.
-    """
+    """Precisions of the products in a gradient of the loss, as lowered, by whether one of their
+    sides is a matrix with a row per edge slot, as in radial networks alone."""
     objective = loss.weighted(model, energy=1.0, forces=1.0)
-    value = jax.grad(lambda p: objective(p, batch)[0])
-    text = jax.jit(value).lower(params).as_text()
-    lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert lines
+    text = jax.jit(jax.grad(lambda p: objective(p, batch)[0])).lower(params).as_text()
+    rows = f"tensor<1x{batch.graph.senders.size}x"
     found: dict[bool, set[str]] = {True: set(), False: set()}
-    for line in lines:
-        level = re.search(r"precision = \[(\w+), (\w+)\]", line)
-        is_radial = "batching_dims" not in line and bool(
-            re.search(
-                rf"tensor<{batch.graph.senders.shape[0]}x{batch.graph.senders.shape[1]}x", line
-            )
-        )
-        found[is_radial].add(level.group(1) if level else "DEFAULT")
+    for line in text.splitlines():
+        if "stablehlo.dot_general" in line:
+            level = re.search(r"precision = \[(\w+), (\w+)\]", line)
+            found[rows in line].add(level.group(1) if level else "DEFAULT")
     return found
 
 
@@ -36,10 +27,9 @@ def products(model, params, batch) -> dict[bool, set[str]]:
 def test_products_follow_the_policy(name, model, params, batch):
     found = products(model.with_backend("xla", name), params, batch)
     policy = POLICIES[name]
-    assert found[True] >= {policy.radial.upper()}
-    assert found[False] <= {policy.features.upper(), policy.radial.upper(), "HIGHEST"}
-    if name == "parity":
-        assert found[True] | found[False] == {"HIGHEST"}
+    assert found[True] == {policy.radial.upper()}
+    # the virial is always exact
+    assert found[False] == {policy.features.upper(), "HIGHEST"}
 
 
 def test_an_unknown_policy(model):
