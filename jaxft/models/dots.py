@@ -26,17 +26,17 @@ from jaxft.typing import Array
 
 def mix(short: Array, long: Array) -> Array:
     """[R, k, m], [R, k, c] -> [R, m, c]."""
-    return _MIX.bind(short, long, precision=_precision())
+    return _bind(_MIX, short, long)
 
 
 def spread(short: Array, wide: Array) -> Array:
     """[R, k, m], [R, m, c] -> [R, k, c]."""
-    return _SPREAD.bind(short, wide, precision=_precision())
+    return _bind(_SPREAD, short, wide)
 
 
 def match(long: Array, wide: Array) -> Array:
     """[R, k, c], [R, m, c] -> [R, k, m]."""
-    return _MATCH.bind(long, wide, precision=_precision())
+    return _bind(_MATCH, long, wide)
 
 
 def apply(matrix: Array, x: Array) -> Array:
@@ -47,6 +47,11 @@ def apply(matrix: Array, x: Array) -> Array:
     """
     rows = spread(x.reshape(1, -1, x.shape[-1]), matrix[None])
     return rows.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
+def _bind(primitive: Primitive, a: Array, b: Array) -> Array:
+    dtype = jnp.result_type(a, b)
+    return primitive.bind(a.astype(dtype), b.astype(dtype), precision=_precision())
 
 
 def _precision() -> str | None:
