@@ -8,7 +8,7 @@ import platform
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +206,8 @@ class Ahead:
 
     Args:
       jitted: made by ``jax.jit``, without static arguments; its arguments are pytrees of arrays.
-      workers: programs compiled at a time. JAX traces under Python's lock, XLA compiles outside it.
+      pool: where to compile, one that others use too perhaps; None is two threads of its own. JAX
+        traces under Python's lock, XLA compiles outside it.
       report: told of every program compiled after :meth:`settle`.
 
     Example:
@@ -217,10 +218,14 @@ class Ahead:
     """
 
     def __init__(
-        self, jitted: Any, *, workers: int = 2, report: Callable[[str], None] | None = None
+        self,
+        jitted: Any,
+        *,
+        pool: Executor | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self._jitted, self._report = jitted, report
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
+        self._pool = pool or ThreadPoolExecutor(2, thread_name_prefix="compile")
         self._programs: dict[_Key, Any] = {}
         self._futures: dict[_Key, Future[Any]] = {}
         self._lock = threading.Lock()
@@ -254,15 +259,18 @@ class Ahead:
 
     def __call__(self, *args: Any) -> Any:
         """Run the program of these shapes, waiting for it or compiling it where need be."""
+        return self.program(*args)(*args)
+
+    def program(self, *args: Any) -> Any:
+        """The compiled program of these shapes."""
         key = _key(args)
         program = self._programs.get(key)
-        if program is None:
-            program = self._obtain(key, args)
-        return program(*args)
+        return self._obtain(key, args) if program is None else program
 
     def close(self) -> None:
-        """Give up what was not begun, wait for what was."""
-        self._pool.shutdown(cancel_futures=True)
+        """Give up what was not begun, wait for what was; a pool that was given stays open."""
+        with self._lock:
+            wait([future for future in self._futures.values() if not future.cancel()])
 
     def _obtain(self, key: _Key, args: tuple[Any, ...]) -> Any:
         with self._lock:

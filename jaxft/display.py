@@ -33,6 +33,11 @@ LOG_WIDTH = 160
 
 MISSING = "–"
 
+SPEED = "atoms/s"
+
+WAITING = 0.03
+"""Of the time that the device could have computed in; waiting longer for batches is told."""
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -43,6 +48,8 @@ class _Layout:
     watched: tuple[str, ...]
     is_wide: bool
     """Whether watched sets stand beside the target, not below it."""
+    has_speed: bool
+    """Whether there is room for it."""
 
 
 class Display:
@@ -87,7 +94,8 @@ class Display:
         Args:
           row: ``epoch``, ``seconds`` and, where known, ``is_best``, ``train/loss`` and
             ``<set>/energy``, ``<set>/forces``, ``<set>/stress``: RMSEs in eV/atom, eV/Å and eV/Å³
-            of the set ``valid`` and of others. What else it holds is not shown.
+            of the set ``valid`` and of others; ``atoms_per_second``, shown where there is room, and
+            ``waiting`` and ``computing`` in seconds. What else it holds is not shown.
         """
         if self.console is None:
             return
@@ -96,7 +104,10 @@ class Display:
             for line in _heading(layout):
                 self._line(line, style="bold")
             self._layout = layout
-        for line in _lines(layout, row):
+        lines, note = _lines(layout, row), _waited(row)
+        if note and len(lines[0]) + len(note) <= self._room:
+            lines[0], note = lines[0] + note, ""
+        for line in [*lines, *([note] if note else [])]:
             self._line(line)
         if row["epoch"] == 0:
             self._warn_of_offsets(layout, row)
@@ -120,10 +131,15 @@ class Display:
         assert self.console is not None
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
+    @property
+    def _room(self) -> int:
+        """Characters of a line."""
+        assert self.console is not None
+        return self.console.width if self.console.is_terminal else LOG_WIDTH
+
     def _layout_of(self, row: Mapping[str, float]) -> _Layout:
         """Columns that have come stay: a set that is not judged each epoch moves nothing."""
-        assert self.console is not None
-        before = self._layout or _Layout((), (), False)
+        before = self._layout or _Layout((), (), False, False)
         split = [key.rpartition("/") for key in row]
         judged = [(name, metric) for name, _, metric in split if name and metric in COLUMNS]
         names = dict.fromkeys([*before.watched, *(name for name, _ in judged)])
@@ -132,9 +148,14 @@ class Display:
             metrics=tuple(metric for metric in COLUMNS if metric in has),
             watched=tuple(name for name in names if name != TARGET),
             is_wide=True,
+            has_speed=False,
         )
-        room = self.console.width if self.console.is_terminal else LOG_WIDTH
-        return replace(layout, is_wide=len(_heading(layout)[-1]) + MARK <= room)
+        layout = replace(layout, is_wide=self._is_room_for(layout))
+        faster = replace(layout, has_speed=True)
+        return faster if self._is_room_for(faster) else layout
+
+    def _is_room_for(self, layout: _Layout) -> bool:
+        return len(_heading(layout)[-1]) + MARK <= self._room
 
     def _warn_of_offsets(self, layout: _Layout, row: Mapping[str, float]) -> None:
         for name in (TARGET, *layout.watched):
@@ -151,19 +172,24 @@ def _heading(layout: _Layout) -> list[str]:
     """One line, or two where sets stand beside each other: their names above their columns."""
     names = "".join(f"{COLUMNS[metric][0]:>{CELL}}" for metric in layout.metrics)
     line = f"{'epoch':>{EPOCH}}{'train loss':>{CELL}}{names}"
+    end = f"{'s/epoch':>{CELL}}" + (f"{SPEED:>{CELL}}" if layout.has_speed else "")
     if not (layout.watched and layout.is_wide):
-        return [f"{line}{'s/epoch':>{CELL}}"]
+        return [f"{line}{end}"]
     block = CELL * len(layout.metrics)
     sets = "".join(f" │{_cut(name, block - 1):^{block - 1}} " for name in layout.watched)
     columns = "".join(f" │{names}" for _ in layout.watched)
     above = f"{'':{EPOCH + CELL}}{TARGET:^{block}}{sets} │"
-    return [above, f"{line}{columns} │{'s/epoch':>{CELL}}"]
+    return [above, f"{line}{columns} │{end}"]
 
 
 def _lines(layout: _Layout, row: Mapping[str, float]) -> list[str]:
     loss = f"{row['train/loss']:.4g}" if "train/loss" in row else MISSING
     start = f"{row['epoch']:>{EPOCH}.0f}{loss:>{CELL}}{_cells(layout, row, TARGET)}"
-    end = f"{row['seconds']:>{CELL}.1f}{' *' if row.get('is_best') else ''}"
+    end = f"{row['seconds']:>{CELL}.1f}"
+    if layout.has_speed:
+        speed = row.get("atoms_per_second")
+        end += f"{MISSING if speed is None else f'{speed:.0f}':>{CELL}}"
+    end += " *" if row.get("is_best") else ""
     if not layout.watched:
         return [start + end]
     if layout.is_wide:
@@ -176,6 +202,13 @@ def _lines(layout: _Layout, row: Mapping[str, float]) -> list[str]:
         if any(f"{name}/{metric}" in row for metric in layout.metrics)
     ]
     return [start + end, *below]
+
+
+def _waited(row: Mapping[str, float]) -> str:
+    """What to add to an epoch's line where the device waited for the host; else nothing."""
+    waiting, computing = row.get("waiting", 0.0), row.get("computing", 0.0)
+    part = waiting / max(waiting + computing, 1e-9)
+    return f"  waited for batches {100 * part:.0f} %" if part >= WAITING else ""
 
 
 def _cells(layout: _Layout, row: Mapping[str, float], name: str) -> str:

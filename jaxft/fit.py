@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxft import data, optimizer, parallel, tree
+from jaxft import compilation, data, optimizer, parallel, tree
 from jaxft.checkpoint import Checkpoints
+from jaxft.compilation import Ahead
 from jaxft.data import Dataset, Mixture, Spread
 from jaxft.display import Display
 from jaxft.graph import Batch
@@ -28,9 +30,10 @@ from jaxft.parallel import StopFn
 from jaxft.potential import Potential
 from jaxft.progress import Moving, Progress, Run, fingerprint, fingerprint_of_frames, resumed
 from jaxft.strategies.base import Recipe
+from jaxft.timing import Stopwatch, Timing
 from jaxft.train import StepFn, Trainable, TrainState, finetune, merge
 from jaxft.typing import Array, LossFn, Params
-from jaxft.validation import METRICS, validator
+from jaxft.validation import METRICS, Validator, validator
 
 SYNCHRONISE = 16
 """Updates between two looks at what the device found; every look waits for it."""
@@ -193,36 +196,42 @@ def fit(
     files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
     logs = Logs([*files, *([logger] if logger else [])] if parallel.is_first() else [])
     logs.start(list(run.progress.history))
-    sets = {"valid": feed.valid, **feed.watch}
+    # one thread: it shares the cores with what the loop itself compiles and computes
+    pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
     validate = validator(
         model,
         loss_fn,
-        sets,
+        {"valid": feed.valid, **feed.watch},
         weights=settings.loss_weights,
         batch_size=settings.batch_size,
         dtype=settings.dtype,
         mesh=mesh,
+        pool=pool,
+        report=_reporter(display, "validation"),
     )
-    advance = _advance(step, settings, mesh)
+    advance = Ahead(
+        _advance(step, settings, mesh), pool=pool, report=_reporter(display, "an update")
+    )
     loop = _Loop(recipe, settings, spread, mesh, advance, validate, checkpoints, stop)
     try:
-        while run.progress.epoch < settings.epochs and not run.progress.is_done(settings.patience):
-            started = time.perf_counter()
-            if run.progress.epoch < 0:
-                row = validate(merge(recipe, parallel.local(run.moving.state)))
-            else:
-                run = _epoch(run, loop, display)
-                losses = np.asarray(run.progress.losses)
-                row = {"train/loss": float(losses.mean()), **validate(loop.judged(run))}
-            row |= {"updates": int(run.moving.state.step), "seconds": time.perf_counter() - started}
-            if schedule is not None:
-                factor = optimizer.get_factor(run.moving.state.opt_state)
-                row["learning_rate"] = float(schedule(int(run.moving.state.step))) * factor
-            run, row = _recorded(run, row, loop)
-            logs.log(row)
-            display.epoch(row)
-            run.save(checkpoints)
+        with compilation.counting() as count:
+            if loop.goes_on(run):
+                _announce(run, loop)
+            while loop.goes_on(run):
+                started = time.perf_counter()
+                run, row = _trained(run, loop, display)
+                row |= {"updates": int(run.moving.state.step)}
+                row |= {"seconds": time.perf_counter() - started, **loop.programs()}
+                if schedule is not None:
+                    factor = optimizer.get_factor(run.moving.state.opt_state)
+                    row["learning_rate"] = float(schedule(int(run.moving.state.step))) * factor
+                run, row = _recorded(run, row, loop)
+                logs.log(row)
+                display.epoch(row)
+                run.save(checkpoints)
+        display.say(str(count))
     finally:
+        pool.shutdown(cancel_futures=True)
         checkpoints.close()
         logs.close()
     kept = parallel.local(run.best)
@@ -241,7 +250,8 @@ def check_metric(metric: str, watched: Iterable[str]) -> None:
         )
 
 
-AdvanceFn = Callable[[Moving, Batch], tuple[Moving, dict[str, Array]]]
+def _reporter(display: Display, what: str) -> Callable[[str], None]:
+    return lambda cause: display.warn(f"after the first epoch {what} was {cause}")
 
 
 def _spread(train: Mixture, settings: FitSettings, mesh: Mesh) -> Spread:
@@ -255,8 +265,9 @@ def _spread(train: Mixture, settings: FitSettings, mesh: Mesh) -> Spread:
     )
 
 
-def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> AdvanceFn:
-    """One update with its average; after one that is not finite, none changes anything.
+def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> Any:
+    """``(moving, batch) -> moving, info``, jitted: one update with its average; after one that is
+    not finite, none changes anything.
 
     So nobody has to wait for the device after every update to know that it went well.
     """
@@ -295,8 +306,8 @@ class _Loop(NamedTuple):
     settings: FitSettings
     spread: Spread
     mesh: Mesh
-    advance: AdvanceFn
-    validate: Callable[[Params], dict[str, float]]
+    advance: Ahead
+    validate: Validator
     checkpoints: Checkpoints
     stop: StopFn | None
 
@@ -305,6 +316,18 @@ class _Loop(NamedTuple):
         moving = parallel.local(run.moving)
         averages = _averages(moving, self.settings)
         return merge(self.recipe, moving.state._replace(trainable=averages))
+
+    def goes_on(self, run: Run) -> bool:
+        is_done = run.progress.is_done(self.settings.patience)
+        return run.progress.epoch < self.settings.epochs and not is_done
+
+    def programs(self) -> dict[str, float]:
+        """How many were compiled or loaded, and how many of them after the first epoch."""
+        both = (self.advance, self.validate.programs)
+        return {
+            "compilations": sum(each.compilations for each in both),
+            "recompilations": sum(len(each.unexpected) for each in both),
+        }
 
     def updates(self, run: Run) -> Iterator[Batch]:
         """The rest of the updates of an epoch, on the devices."""
@@ -318,29 +341,75 @@ def _averages(moving: Moving, settings: FitSettings) -> Trainable:
     return optimizer.evaluated(moving.state.opt_state, moving.state.trainable)
 
 
-def _epoch(run: Run, loop: _Loop, display: Display) -> Run:
+def _announce(run: Run, loop: _Loop) -> None:
+    """Begin to compile what the run will need: first the first update, beside which the loop
+    validates."""
+    progress = run.progress
+    numbers = range(progress.epoch + 1 + (progress.epoch < 0), loop.settings.epochs + 1)
+    batches = (
+        (run.moving, parallel.spread(loop.mesh, loop.spread.example(shape)))
+        for shape in loop.spread.planned(numbers, progress.batch)
+    )
+    loop.advance.start(itertools.islice(batches, 1))
+    loop.validate.start(loop.judged(run))
+    loop.advance.start(batches)
+
+
+def _trained(run: Run, loop: _Loop, display: Display) -> tuple[Run, dict[str, float]]:
+    """The run after one more epoch, and what to log of it; the model is judged as it came first."""
+    if run.progress.epoch < 0:
+        return run, loop.validate(merge(loop.recipe, parallel.local(run.moving.state)))
+    first = run.progress.batch
+    run, timing = _epoch(run, loop, display)
+    row = {"train/loss": float(np.asarray(run.progress.losses).mean())}
+    row |= {**loop.validate(loop.judged(run)), **_speed(timing, loop, run, first)}
+    for programs in (loop.advance, loop.validate.programs):
+        programs.settle()
+    return run, row
+
+
+def _speed(timing: Timing, loop: _Loop, run: Run, first: int) -> dict[str, float]:
+    """Of the updates that were made just now; empty if there were none left."""
+    spread, number = loop.spread, run.progress.epoch + 1
+    updates = range(first, run.progress.batch)
+    places = [x for i in updates for part in spread.frames(number, i) for x in part]
+    if not places:
+        return {}
+    frames, seconds = np.concatenate(places), timing.total - timing.compiling
+    return {
+        "atoms_per_second": float(spread.train.dataset.nodes[frames].sum()) / seconds,
+        "edges_per_second": float(spread.train.dataset.edges[frames].sum()) / seconds,
+        "computing": timing.computing,
+        "waiting": timing.waiting,
+        "compiling": timing.compiling,
+    }
+
+
+def _epoch(run: Run, loop: _Loop, display: Display) -> tuple[Run, Timing]:
     """The rest of one pass over the training frames; its losses stay in the progress."""
     settings, number = loop.settings, run.progress.epoch + 1
     total = loop.spread.num_updates - run.progress.batch
     before = (number - 1) * loop.spread.num_updates
     pending: list[dict[str, Array]] = []
-    for batch in display.track(loop.updates(run), total=total, label=f"epoch {number}"):
-        moving, info = loop.advance(run.moving, batch)
-        run = run._replace(moving=moving)
-        pending.append(info)
-        done = run.progress.batch + len(pending)
-        is_due = settings.checkpoint_every is not None and done % settings.checkpoint_every == 0
-        is_over = loop.stop is not None and loop.stop(before + done)
-        if is_due or is_over or len(pending) == SYNCHRONISE:
-            run, pending = _looked_at(run, loop, pending), []
-        if is_due or is_over:
-            run.save(loop.checkpoints)
-        if is_over:
-            raise Preempted(
-                f"asked to stop, and saved after update {done} of epoch {number}; the same command "
-                "with --restart auto goes on, on as many devices as there are then."
-            )
-    return _looked_at(run, loop, pending)
+    with Stopwatch() as watch:
+        batches = watch.batches(loop.updates(run))
+        for batch in display.track(batches, total=total, label=f"epoch {number}"):
+            moving, info = watch.update(loop.advance, run.moving, batch)
+            run = run._replace(moving=moving)
+            pending.append(info)
+            done = run.progress.batch + len(pending)
+            is_due = settings.checkpoint_every is not None and done % settings.checkpoint_every == 0
+            is_over = loop.stop is not None and loop.stop(before + done)
+            if is_due or is_over or len(pending) == SYNCHRONISE:
+                run, pending = _looked_at(run, loop, pending), []
+            if is_due or is_over:
+                run.save(loop.checkpoints)
+            if is_over:
+                raise Preempted(
+                    f"asked to stop, and saved after update {done} of epoch {number}; the same "
+                    "command with --restart auto goes on, on as many devices as there are then."
+                )
+        return _looked_at(run, loop, pending), watch.timing()
 
 
 def _looked_at(run: Run, loop: _Loop, pending: list[dict[str, Array]]) -> Run:

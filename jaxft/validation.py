@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft import data, parallel
-from jaxft.data import Dataset
+from jaxft.compilation import Ahead
+from jaxft.data import Dataset, Spread
 from jaxft.graph import Batch, Weights, totals_of
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, LossFn, Params
@@ -19,6 +22,51 @@ METRICS = ("energy", "forces", "stress")
 
 TOTALS = {"energy": "energy", "forces": "forces", "stress": "stress", "virials": "stress"}
 """Which sum of weights a term of the loss is divided by."""
+
+
+@dataclass(frozen=True)
+class Validator:
+    """A function ``params -> {<set>/<metric>: value}``; made by :func:`validator`."""
+
+    sets: Mapping[str, Spread]
+    mesh: Mesh
+    programs: Ahead
+    """``(params, batch) -> sums of squares, mean terms, totals``, a program per shape."""
+    weights: Mapping[str, float]
+
+    def start(self, params: Params) -> None:
+        """Begin to compile, in the background."""
+        everywhere = parallel.replicated(self.mesh, params)
+        self.programs.start(
+            (everywhere, parallel.spread(self.mesh, batches.example(shape)))
+            for batches in self.sets.values()
+            for shape in batches.planned(range(1))
+        )
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        everywhere = parallel.replicated(self.mesh, params)
+        return {
+            f"{name}/{metric}": value
+            for name, batches in self.sets.items()
+            for metric, value in self._judged(everywhere, batches).items()
+        }
+
+    def _judged(self, params: Params, batches: Spread) -> dict[str, float]:
+        squares, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
+        losses = dict.fromkeys(self.weights, 0.0)
+        for batch in batches.epoch(0):
+            placed = parallel.spread(self.mesh, batch)
+            sums, terms, totals = jax.device_get(self.programs(params, placed))
+            for name in METRICS:
+                squares[name] += float(sums[name])
+                counts[name] += float(getattr(totals, name))
+            for name, mean in terms.items():
+                losses[name] += float(mean) * float(getattr(totals, TOTALS[name]))
+        found = {name: math.sqrt(squares[name] / counts[name]) for name in METRICS if counts[name]}
+        labelled = {n: weight for n, weight in self.weights.items() if counts[TOTALS[n]]}
+        if labelled:
+            found["loss"] = sum(w * losses[n] / counts[TOTALS[n]] for n, w in labelled.items())
+        return found
 
 
 def validator(
@@ -30,7 +78,9 @@ def validator(
     batch_size: int,
     dtype: str,
     mesh: Mesh,
-) -> Callable[[Params], dict[str, float]]:
+    pool: Executor | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Validator:
     """A function ``params -> {<set>/<metric>: value}``.
 
     Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³), where a
@@ -45,10 +95,11 @@ def validator(
       batch_size: frames per batch.
       dtype: of the batches.
       mesh: the devices that share every batch.
+      pool, report: as in :class:`jaxft.compilation.Ahead`.
     """
     here = parallel.mine(mesh)
-    batches = {
-        name: data.Spread(
+    spreads = {
+        name: Spread(
             data.alone(dataset, batch_size), seed=None, dtype=dtype, parts=mesh.size, mine=here
         )
         for name, dataset in sets.items()
@@ -72,30 +123,5 @@ def validator(
         added = parallel.total((sums, {name: terms[name] for name in weights}))
         return *added, totals
 
-    measure = parallel.per_device(mesh, measured)
-
-    def judge(params: Params, parts: data.Spread) -> dict[str, float]:
-        squares, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
-        losses = dict.fromkeys(weights, 0.0)
-        for batch in parts.epoch(0):
-            sums, terms, totals = jax.device_get(measure(params, parallel.spread(mesh, batch)))
-            for name in METRICS:
-                squares[name] += float(sums[name])
-                counts[name] += float(getattr(totals, name))
-            for name, mean in terms.items():
-                losses[name] += float(mean) * float(getattr(totals, TOTALS[name]))
-        found = {name: math.sqrt(squares[name] / counts[name]) for name in METRICS if counts[name]}
-        labelled = {name: weight for name, weight in weights.items() if counts[TOTALS[name]]}
-        if labelled:
-            found["loss"] = sum(w * losses[n] / counts[TOTALS[n]] for n, w in labelled.items())
-        return found
-
-    def validate(params: Params) -> dict[str, float]:
-        everywhere = parallel.replicated(mesh, params)
-        return {
-            f"{name}/{metric}": value
-            for name, parts in batches.items()
-            for metric, value in judge(everywhere, parts).items()
-        }
-
-    return validate
+    programs = Ahead(parallel.per_device(mesh, measured), pool=pool, report=report)
+    return Validator(spreads, mesh, programs, weights)

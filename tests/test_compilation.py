@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -239,7 +240,8 @@ def test_a_program_under_way_is_waited_for():
 def test_a_program_in_the_queue_is_compiled_by_who_needs_it():
     gates, log = {3: threading.Event(), 4: threading.Event()}, []
     gates[4].set()
-    function = Ahead(gated(gates, log), workers=1)
+    pool = ThreadPoolExecutor(1)
+    function = Ahead(gated(gates, log), pool=pool)
     function.start([struct(3), struct(4)])
     function.settle()  # it was announced, so it is expected
     assert function(ones(4)).tolist() == [2, 2, 2, 2]  # while 3 is still under way

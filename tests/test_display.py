@@ -37,8 +37,9 @@ def shown(*rows, width=None, **options):
 
 def test_a_run_without_watched_sets_has_one_heading_and_a_line_per_epoch():
     heading, first, second = shown(START, ROW)
-    assert " ".join(heading.split()) == "epoch train loss E meV/atom F meV/Å σ meV/Å³ s/epoch"
-    assert first.split() == ["0", "12.25", "12.50", "250.00", "0.50", "1.0", "*"]
+    names = "epoch train loss E meV/atom F meV/Å σ meV/Å³ s/epoch atoms/s"
+    assert " ".join(heading.split()) == names
+    assert first.split() == ["0", "12.25", "12.50", "250.00", "0.50", "1.0", "–", "*"]
     assert len(heading) == len(second) - 2  # the mark of the best epoch
 
 

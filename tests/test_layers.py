@@ -22,6 +22,7 @@ LAYERS = {
     4: [
         "train",
         "progress",
+        "timing",
         "validation",
         "evaluate",
         "bundle",

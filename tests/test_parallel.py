@@ -39,6 +39,7 @@ from jaxft.data import packing
 from jaxft.fit import FitSettings, Preempted, fit
 from jaxft.progress import Run
 from jaxft.strategies import l2sp
+from jaxft.timing import MEASURED
 
 packing.MAX_SHAPES = 2  # compiling is what costs time here
 folder, runs, address = Path(sys.argv[1]), json.loads(sys.argv[3]), sys.argv[4:]
@@ -113,7 +114,7 @@ for name, devices, cut, ends in runs:
     assert ends == "finishes"
     found = {
         "losses": [losses[i] for i in range(len(losses))],
-        "history": [{k: v for k, v in r.items() if k != "seconds"} for r in result.history],
+        "history": [{k: v for k, v in r.items() if k not in MEASURED} for r in result.history],
         "params": {k: np.ravel(v).tolist() for k, v in tree.flatten(result.params).items()},
     }
     (folder / f"{name}-{jax.process_index()}.json").write_text(json.dumps(found))

@@ -42,7 +42,6 @@ def predict(
     from jaxft.models.backend import choose
 
     model, params = load(bundle, dtype, head, backend.value)
-    console.print(f"computes with {choose(backend.value)}", highlight=False)
     with Display(console).counter(label="predict") as advance:
         count = predict_file(
             model,
@@ -54,6 +53,7 @@ def predict(
             max_edges_per_block=max_edges_per_block,
             progress=advance,
         )
+    console.print(f"computed with {choose(backend.value)}", highlight=False)
     console.print(f"wrote {output} ({count} frames)")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from jaxft.data.batches import Shape, pack, shapes
 from jaxft.data.mixture import Mixture
 from jaxft.data.packing import ATOM_COST, ROW_COST, ladder, smallest
 from jaxft.graph import Batch, with_shared_totals
+
+LOOKED = 4096
+"""Updates, at most, that :meth:`Spread.planned` looks at; a tenth of a second."""
 
 Places = list[list[np.ndarray]]
 """Positions of frames by part and batch; empty where a part of a small batch gets none."""
@@ -69,7 +73,7 @@ class Spread:
         data = self.train.dataset
         for update in range(start, self.num_updates):
             frames = self.frames(number, update)
-            shape = self._shape(self.train.kind(update * self.count), frames)
+            shape = self._shape(update, frames)
             anyone = frames[0][0]
             found = []
             for part in self.mine if self.mine is not None else range(self.parts):
@@ -94,10 +98,36 @@ class Spread:
         """All static shapes, ascending: as many as :attr:`Mixture.shapes`, of one part each."""
         return sorted({shape for name in self.train.kinds for shape in self._ladder(name)})
 
-    def _shape(self, kind: str, frames: Places) -> Shape:
+    def planned(self, numbers: range, start: int = 0, *, most: int = LOOKED) -> list[Shape]:
+        """The static shapes of the epochs ``numbers``, in the order of their first use.
+
+        Args:
+          numbers: of the epochs.
+          start: of the first of them skip this many updates.
+          most: only so many updates are looked at; where there are more, all other shapes follow,
+            whether these use them or not.
+        """
+        known, found = self.shapes(), dict[Shape, None]()
+        ahead = itertools.product(numbers, range(self.num_updates))
+        for number, update in itertools.islice(ahead, start, start + most):
+            found[self._shape(update, self.frames(number, update))] = None
+            if len(found) == len(known):
+                break
+        is_all = start + most >= len(numbers) * self.num_updates
+        return list(found if is_all else found | dict.fromkeys(known))
+
+    def example(self, shape: Shape) -> Batch:
+        """Arrays as those of :meth:`epoch`, of one of the static shapes; they mean nothing."""
+        data = self.train.dataset
+        fits = (data.nodes < shape.n_node) & (data.rows <= shape.n_row)
+        one = _nobody(pack(data, np.flatnonzero(fits)[:1], shape, self.dtype))
+        part = one if self.count == 1 else _stacked([one] * self.count)
+        return _stacked([part] * (self.parts if self.mine is None else len(self.mine)))
+
+    def _shape(self, update: int, frames: Places) -> Shape:
         sizes = [self._size(chosen) for part in frames for chosen in part]
         n_node, n_row = np.max(sizes, axis=0).tolist()
-        return smallest(self._ladder(kind), n_node, n_row)
+        return smallest(self._ladder(self.train.kind(update * self.count)), n_node, n_row)
 
     def _size(self, chosen: np.ndarray) -> tuple[int, int]:
         data = self.train.dataset
