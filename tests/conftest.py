@@ -3,6 +3,8 @@
 import functools
 import gzip
 import os
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +12,14 @@ from pathlib import Path
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-os.environ.setdefault("JAXFT_XLA_CACHE", "off")  # commands that tests run leave nothing behind
 
 import ase.build
 import jax
 import numpy as np
 import pytest
 
-from jaxft import data, loss, predict, tree
-from jaxft.data import Frame
+from jaxft import compilation, data, loss, predict, tree
+from jaxft.data import Frame, packing
 
 jax.config.update("jax_enable_x64", True)
 
@@ -26,11 +27,29 @@ TINY = Path(__file__).parent / "data" / "tiny.model.gz"
 """A torch model with random weights; tests/data/make_tiny.py wrote it."""
 
 
+PROGRAMS = "JAXFT_XLA_CACHE"
+"""Tests, workers and the commands that they run share compiled programs, in a folder of theirs."""
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput") and PROGRAMS not in os.environ:
+        folder = tempfile.mkdtemp(prefix="jaxft-programs-")
+        os.environ[PROGRAMS] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    compilation.enable_cache(os.environ[PROGRAMS])
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Programs map memory, and a process may only have so many mappings."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Two static shapes per set at most: compiling is what costs time."""
+    monkeypatch.setattr(packing, "MAX_SHAPES", 2)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ def cache(tmp_path, monkeypatch):
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path / "programs"
     for name, value in before.items():
@@ -157,6 +158,7 @@ def test_commands_keep_programs_where_the_environment_says(cache, monkeypatch, s
         assert expected in result.stdout, result.output
     (tmp_path / "file").touch()
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     monkeypatch.setenv("JAXFT_XLA_CACHE", str(tmp_path / "file" / "folder"))
     result = CliRunner().invoke(app, ["info", str(bundle)])
     assert result.exit_code == 1

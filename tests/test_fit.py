@@ -40,6 +40,8 @@ jax.config.update("jax_enable_x64", True)
 import jaxft
 from jaxft import data, loss
 from jaxft.fit import FitSettings, fit
+
+pytestmark = pytest.mark.usefixtures("few_shapes")
 folder, output, epochs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model, params = jaxft.load(folder / "tiny.jaxft")
 frames = data.prepare(data.read(folder / "frames.xyz"), model)

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft import data, finetune, loss, strategies
+from jaxft import data, finetune, loss, parallel, strategies
 from jaxft.calculator import JaxftCalculator
 from jaxft.evaluate import predictions
-from jaxft.fit import FitSettings, fit
 from jaxft.graph import Batch
+from jaxft.validation import validator
 
 PLATFORMS = ("cuda", "tpu")
 
@@ -152,26 +152,23 @@ class Lowered:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_the_evaluation_step_lowers(models, platform, monkeypatch, tmp_path):
-    """A run begins by judging the model as it came."""
+def test_the_evaluation_step_lowers(models, platform, monkeypatch):
     model, params, _, atoms = models("mp-0")
     seen, jitted = [], jax.jit
     monkeypatch.setattr(
         jax, "jit", lambda function, **options: Lowered(jitted(function, **options), platform, seen)
     )
-    dataset = data.prepare([data.from_atoms(atoms)], model)
+    validate = validator(
+        model,
+        loss.weighted(model, **WEIGHTS),
+        {"valid": data.prepare([data.from_atoms(atoms)], model)},
+        weights=WEIGHTS,
+        batch_size=1,
+        dtype="float32",
+        mesh=parallel.mesh(),
+    )
     with pytest.raises(InterruptedError):
-        fit(
-            model,
-            params,
-            train=dataset,
-            valid=dataset,
-            loss_fn=loss.weighted(model, **WEIGHTS),
-            recipe=(),
-            tx=optax.adam(1e-3),
-            settings=FitSettings(epochs=1, batch_size=1, loss_weights=WEIGHTS),
-            directory=tmp_path,
-        )
+        validate(params)
     ((judged, _),) = seen
     assert jax.tree.structure(judged) == jax.tree.structure(params)
 

@@ -41,7 +41,7 @@ def prepared(small, frames):
 
 
 @pytest.fixture
-def run(small, prepared, tmp_path) -> Callable:
+def run(small, prepared, tmp_path, few_shapes) -> Callable:
     """A fit of three epochs in batches of two; its history and what the display was told."""
 
     def run(train=prepared, **options):

@@ -60,12 +60,18 @@ def _precision() -> str | None:
 
 
 def _primitive(name: str, formula: str) -> Primitive:
+    arguments, _, result = formula.partition("->")
+    first, _, second = arguments.partition(",")
+
     def plain(a: Array, b: Array, precision: str | None) -> Array:
         return jnp.einsum(formula, a, b, precision=precision)
 
     def shape(a: Array, b: Array, precision: str | None) -> jax.core.ShapedArray:
-        out = jax.eval_shape(functools.partial(plain, precision=precision), a, b)
-        return jax.core.ShapedArray(out.shape, out.dtype)
+        sizes = dict(zip(first, a.shape, strict=True))
+        agrees = all(sizes.setdefault(k, n) == n for k, n in zip(second, b.shape, strict=True))
+        if not agrees or a.dtype != b.dtype:
+            raise TypeError(f"{name} of {a.dtype}{a.shape} and {b.dtype}{b.shape}; use {formula}.")
+        return jax.core.ShapedArray(tuple(sizes[k] for k in result), a.dtype)
 
     def batch(
         args: tuple[Array, Array], dims: tuple[int | None, int | None], precision: str | None

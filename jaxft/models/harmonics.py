@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-import e3nn_jax as e3nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.models.e3nn import e3nn
 from jaxft.models.irreps import Features, multiplicities
 from jaxft.typing import Array
 
