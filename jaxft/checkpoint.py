@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxft import parallel
 from jaxft.tree import name_diff
+
+PART = 0.05
+"""Of the time, at most, goes into checkpoints at the ends of epochs."""
 
 
 class Checkpoints:
@@ -31,6 +36,15 @@ class Checkpoints:
             ),
         )
 
+        self._saved = self._took = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last save is so long ago that another one keeps to :data:`PART`; processes
+        agree."""
+        since = time.monotonic() - self._saved
+        return parallel.said_by_first(since * PART >= self._took)
+
     @property
     def latest(self) -> int | None:
         """The number of updates at the newest checkpoint."""
@@ -38,6 +52,7 @@ class Checkpoints:
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Save a tree of arrays and a JSON-like record of where the run stands."""
+        began = time.monotonic()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -46,6 +61,8 @@ class Checkpoints:
             ),
             force=True,
         )
+        self._saved = time.monotonic()
+        self._took = self._saved - began
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """The newest arrays, structured as ``like``, and their record.

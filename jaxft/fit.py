@@ -61,7 +61,8 @@ class FitSettings:
     plateau: Plateau | None = None
     """Lowers the learning rate when ``metric`` no longer falls."""
     checkpoint_every: int | None = None
-    """Updates between checkpoints inside an epoch, for long epochs; every epoch ends with one."""
+    """Updates between checkpoints inside an epoch, for long epochs. Epochs end with one, too, but
+    not if they are so short that saving would take more than a twentieth of the time."""
     keep_checkpoints: int = 1
     loss_weights: Mapping[str, float]
     """λ of the loss's terms, for the validation loss."""
@@ -139,7 +140,7 @@ def fit(
 
     A run that was killed and resumed gives bitwise the parameters of one that was not: the order of
     the frames follows from (seed, epoch), and raw parameters, optimiser state, EMA, best
-    parameters and the position are all saved after every epoch.
+    parameters and the position are all saved at the ends of epochs.
 
     Devices share every batch; their number changes results by rounding only, and may differ when a
     run is resumed. With several processes each calls this with the same arguments, ``directory``
@@ -228,7 +229,8 @@ def fit(
                 run, row = _recorded(run, row, loop)
                 logs.log(row)
                 display.epoch(row)
-                run.save(checkpoints)
+                if checkpoints.is_due or not loop.goes_on(run):
+                    run.save(checkpoints)
         display.say(str(count))
     finally:
         pool.shutdown(cancel_futures=True)

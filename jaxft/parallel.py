@@ -325,6 +325,13 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         )
 
 
+def said_by_first(claim: bool) -> bool:
+    """What the first process claims, in all of them; for decisions that clocks make."""
+    if jax.process_count() == 1:
+        return claim
+    return bool(_gathered(np.array(claim))[0])
+
+
 def _gathered(values: np.ndarray) -> np.ndarray:
     """[processes, …]."""
     return np.asarray(multihost_utils.process_allgather(values))

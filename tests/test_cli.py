@@ -25,8 +25,6 @@ from jaxft import bundle, surgery, tree
 from jaxft.cli import app
 from jaxft.data import Frame
 
-pytestmark = pytest.mark.usefixtures("few_shapes")
-
 MODEL = Path(__file__).parents[1] / "benchmarks" / "data" / "gfn2_small.model"
 
 

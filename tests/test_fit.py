@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import jaxft
-from jaxft import data, loss, optimizer, surgery, tree
+from jaxft import checkpoint, data, loss, optimizer, surgery, tree
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Frame
 from jaxft.fit import FitResult, FitSettings, NonFiniteError, fit
@@ -27,8 +27,6 @@ from jaxft.optimizer import Plateau
 from jaxft.progress import Run
 from jaxft.strategies import freeze
 from jaxft.timing import MEASURED
-
-pytestmark = pytest.mark.usefixtures("few_shapes")
 
 WEIGHTS = {"energy": 1.0, "forces": 10.0, "stress": 10.0}
 
@@ -44,7 +42,7 @@ from jaxft import data, loss
 from jaxft.data import packing
 from jaxft.fit import FitSettings, fit
 
-packing.MAX_SHAPES = 2  # compiling is what costs time here
+packing.MAX_SHAPES, packing.WORTH = 2, 0.0  # several shapes, but few: compiling costs time
 folder, output, epochs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model, params = jaxft.load(folder / "tiny.jaxft")
 frames = data.prepare(data.read(folder / "frames.xyz"), model)
@@ -204,6 +202,13 @@ def test_impossible_settings_are_refused(settings: dict, word: str) -> None:
         FitSettings(**{"epochs": 1, "loss_weights": WEIGHTS} | settings)
 
 
+def test_saving_takes_a_small_part_of_the_time(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "PART", 0.0)  # never, but at first and at the end
+    run(epochs=4, keep_checkpoints=9)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert kept == [0, 4]
+
+
 def test_a_damaged_checkpoint_is_named(run, tmp_path: Path) -> None:
     run(epochs=1)
     (record,) = (tmp_path / "checkpoints").glob("*/progress/metadata")
@@ -302,7 +307,8 @@ def test_nothing_moves_after_an_update_that_is_not_finite(
     assert int(saved.name) == position - 1 < 7
 
 
-def test_as_many_checkpoints_are_kept_as_asked_for(run, tmp_path: Path) -> None:
+def test_as_many_checkpoints_are_kept_as_asked_for(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "PART", 1e9)  # after every epoch, however short
     run(epochs=4, keep_checkpoints=3)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
     assert kept == [2, 3, 4]

@@ -99,7 +99,13 @@ def cost(shapes, sizes, width=16):
     return sum(packing.ATOM_COST * s.n_node + (width + packing.ROW_COST) * s.n_row for s in taken)
 
 
-def test_the_shapes_are_the_best_that_there_are():
+@pytest.fixture
+def cheap(monkeypatch):
+    """Another shape costs nothing."""
+    monkeypatch.setattr(packing, "WORTH", 0.0)
+
+
+def test_the_shapes_are_the_best_that_there_are(cheap):
     """Against all ways to cut a few batches into runs: where sizes are few, nothing is lost."""
     sizes = np.array([(9, 20), (19, 21), (10, 30), (20, 44), (7, 45), (60, 90), (41, 91), (40, 99)])
     found = packing.ladder(sizes, n_graph=5, row_width=16)
@@ -111,6 +117,14 @@ def test_the_shapes_are_the_best_that_there_are():
             best = min(best, cost(shapes, sizes))
     assert best <= cost(found, sizes) <= (1 + packing.NEGLIGIBLE) * best
     assert len(found) <= packing.MAX_SHAPES
+
+
+def test_a_shape_that_saves_less_than_its_compilation_is_not_made():
+    sizes = np.array([(36, 36)] * 45 + [(27, 27)] * 3)
+    few = packing.ladder(sizes, n_graph=5, row_width=8)
+    assert few == [packing.Shape(37, 36, 5)]
+    often = packing.ladder(sizes, n_graph=5, row_width=8, per_pass=100 * len(sizes))
+    assert len(often) == 2
 
 
 def test_equal_batches_have_one_shape():
@@ -155,7 +169,7 @@ def test_padding_is_what_the_batches_hold(dataset, size, seed):
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
-def test_little_of_a_shuffled_epoch_is_padding(dataset, size):
+def test_little_of_a_shuffled_epoch_is_padding(dataset, size, cheap):
     told = data.padding(dataset, size)
     assert told.atoms < MOST_PADDING
     assert told.rows < MOST_PADDING / 2

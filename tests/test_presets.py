@@ -19,8 +19,6 @@ from jaxft import adapter, config, presets, run, surgery, tree
 from jaxft.fisherrun import estimate_fisher
 from jaxft.train import Trainable
 
-pytestmark = pytest.mark.usefixtures("few_shapes")
-
 DATA = Path(__file__).parents[1] / "benchmarks" / "data"
 ELEMENTS = ["H", "C", "O"]
 

@@ -165,6 +165,7 @@ class Spread:
             n_graph=kind.size + 1,
             row_width=train.dataset.row_width,
             most=None if is_fixed else self._most(kind.most),
+            per_pass=train.num_batches,
         )
 
     def _most(self, most: tuple[int, int]) -> tuple[int, int]:

@@ -172,6 +172,7 @@ def shapes(dataset: Dataset, size: int, *, shuffled: bool = True) -> list[Shape]
         n_graph=n_frame + 1,
         row_width=dataset.row_width,
         most=(int(most[0]), int(most[1])) if shuffled else None,
+        per_pass=num_batches(dataset, size),
     )
 
 

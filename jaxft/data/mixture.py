@@ -206,7 +206,13 @@ class Mixture:
         """As :func:`jaxft.data.shapes`, for batches of one kind."""
         seen = np.array([self._sizes[chosen].sum(axis=0) for chosen in self.examples(kind)])
         width = self.dataset.row_width
-        return ladder(seen, n_graph=kind.size + 1, row_width=width, most=kind.most)
+        return ladder(
+            seen,
+            n_graph=kind.size + 1,
+            row_width=width,
+            most=kind.most,
+            per_pass=self._slots.num_batches,
+        )
 
     @property
     def _sizes(self) -> np.ndarray:

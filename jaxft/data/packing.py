@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,10 @@ MAX_SHAPES = 6
 
 NEGLIGIBLE = 0.01
 """Another shape must save this part of the cost, or it is not worth compiling."""
+
+WORTH = 2000.0
+"""Edge slots of one pass that another shape must save, too: compiling takes 5 to 10 s, and thirty
+passes over so many slots take 1 to 2 s, with a small and a medium model on 2 CPU cores."""
 
 WINDOW = 32
 """Batches, at least, that trade frames with one another."""
@@ -97,7 +101,12 @@ def balance(
 
 
 def ladder(
-    batches: np.ndarray, *, n_graph: int, row_width: int, most: tuple[int, int] | None = None
+    batches: np.ndarray,
+    *,
+    n_graph: int,
+    row_width: int,
+    most: tuple[int, int] | None = None,
+    per_pass: int | None = None,
 ) -> list[Shape]:
     """The few static shapes in which these batches cost least, ascending.
 
@@ -107,20 +116,20 @@ def ladder(
       row_width: slots per row.
       most: atoms and rows that no batch exceeds; the last shape holds them. By default the largest
         of ``batches``.
+      per_pass: how many batches a pass has, if ``batches`` are a sample or several of them.
     """
     if not len(batches):
         batches = np.array([most or (0, 0)])
     batches = batches[np.lexsort(batches.T)]
     parts = np.array_split(np.arange(len(batches)), max(1, min(RESOLUTION, len(batches))))
-    counts = np.array([len(part) for part in parts])
+    share = (per_pass or len(batches)) / len(batches)
+    counts = share * np.array([len(part) for part in parts])
     nodes, rows = np.array([batches[part].max(axis=0) for part in parts]).T
-    cuts = _cuts(counts, nodes, rows, row_width, MAX_SHAPES - (most is not None))
-    sizes = [
-        (nodes[start:stop].max(), rows[start:stop].max())
-        for start, stop in itertools.pairwise([0, *cuts])
-    ]
+    runs = [0, *_cuts(counts, nodes, rows, row_width, MAX_SHAPES - (most is not None))]
+    sizes = [(nodes[i:j].max(), rows[i:j].max()) for i, j in itertools.pairwise(runs)]
     if most is not None:
-        sizes.append(most)
+        last = counts[runs[-2] :].sum() * (_cost(*most, row_width) - _cost(*sizes[-1], row_width))
+        sizes[len(sizes) - (last < WORTH) :] = [most]
     # one atom more: edges that are padding need one to belong to
     return sorted({Shape(_roomy(n + 1), _roomy(max(r, 1)), n_graph) for n, r in sizes})
 
@@ -142,7 +151,7 @@ def _cuts(
     m = len(counts)
     run = np.full((m + 1, m + 1), np.inf)
     for i in range(m):
-        shape = np.maximum.accumulate(nodes[i:]) * ATOM_COST + rows[i:] * (row_width + ROW_COST)
+        shape = _cost(np.maximum.accumulate(nodes[i:]), rows[i:], row_width)
         run[i, i + 1 :] = np.cumsum(counts[i:]) * shape
     best, came = [np.where(np.arange(m + 1) == 0, 0.0, np.inf)], []
     for _ in range(most):
@@ -150,12 +159,19 @@ def _cuts(
         came.append(total.argmin(axis=0))
         best.append(total.min(axis=0))
     final = np.array([cost[m] for cost in best[1:]])
-    k = int(np.flatnonzero(final <= (1 + NEGLIGIBLE) * final.min())[0])
+    priced = final + WORTH * np.arange(len(final))
+    final, enough = final[: priced.argmin() + 1], (1 + NEGLIGIBLE) * final[priced.argmin()]
+    k = int(np.flatnonzero(final <= enough)[0])
     ends = [m]
     while ends[0] > 0:
         ends.insert(0, int(came[k][ends[0]]))
         k -= 1
     return ends[1:]
+
+
+def _cost(nodes: Any, rows: Any, row_width: int) -> Any:
+    """In edge slots."""
+    return nodes * ATOM_COST + rows * (row_width + ROW_COST)
 
 
 def _roomy(count: int) -> int:
