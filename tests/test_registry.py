@@ -101,8 +101,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stop = start + server.cuts.pop(0) if server.cuts else len(body)
         for at in range(start, min(stop, len(body)), 50_000):
             block = body[at : min(at + 50_000, stop)]
+            server.sent += len(block)  # before: the client may be done before this thread goes on
             self.wfile.write(block)
-            server.sent += len(block)
             time.sleep(server.delay)
         if stop < len(body) and server.stall:
             server.stall.wait(10)
