@@ -28,6 +28,8 @@ from jaxft.progress import Run
 from jaxft.strategies import freeze
 from jaxft.timing import MEASURED
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 WEIGHTS = {"energy": 1.0, "forces": 10.0, "stress": 10.0}
 
 SCRIPT = """
@@ -41,7 +43,6 @@ import jaxft
 from jaxft import data, loss
 from jaxft.fit import FitSettings, fit
 
-pytestmark = pytest.mark.usefixtures("few_shapes")
 folder, output, epochs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 model, params = jaxft.load(folder / "tiny.jaxft")
 frames = data.prepare(data.read(folder / "frames.xyz"), model)

@@ -27,13 +27,13 @@ def run(program: str) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=root)
 
 
-def test_jaxft_loads_neither_scipy_nor_sympy_and_others_can():
+def test_jaxft_loads_neither_scipy_nor_sympy_nor_orbax_and_others_can():
     run("""
         import sys
         import jaxft, jaxft.run, jaxft.cli
         for name in ("signal", "spatial", "integrate", "optimize", "sparse", "linalg", "special"):
             assert f"scipy.{name}" not in sys.modules, name
-        assert not {"sympy", "mpmath"} & set(sys.modules)
+        assert not {"sympy", "mpmath", "orbax.checkpoint", "tensorstore"} & set(sys.modules)
         from e3nn_jax._src import s2grid
         assert s2grid.scipy.signal.find_peaks([0, 1, 0])[0].tolist() == [1]
         assert s2grid.scipy.spatial.distance.cdist([[0.0]], [[2.0]]).tolist() == [[2]]
@@ -56,6 +56,24 @@ def test_sympy_is_one_module_whoever_imports_it_first(first):
         from sympy import Array
         assert sympy.__file__ and isinstance(degree_1, Array) and Array is sympy.Array
         assert recursive.sympy.Array is Array
+    """)
+
+
+def test_the_command_does_not_look_for_garbage_in_what_it_imports():
+    run("""
+        import gc, os, sys
+        os.environ["JAXFT_HUGE_PAGES"] = "off"
+        sys.argv = ["/usr/bin/jaxft"]
+        import jaxft
+        assert gc.isenabled() and gc.get_freeze_count() > 100_000
+    """)
+
+
+def test_the_library_leaves_the_garbage_collector_alone():
+    run("""
+        import gc
+        import jaxft
+        assert gc.isenabled() and gc.get_freeze_count() == 0
     """)
 
 
