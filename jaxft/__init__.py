@@ -3,10 +3,13 @@
 Units are eV, Å, eV/Å and eV/Å³ throughout; stress has ASE's sign (positive under tension).
 """
 
+import gc
+
 from jaxft import hugepages
 
 if hugepages.is_command():
     hugepages.restart()  # before the imports, which take seconds
+    gc.disable()  # imports leave nothing to collect, and looking for it is a fifth of their time
 
 from jaxft.bundle import load, save
 from jaxft.citation import citation
@@ -18,6 +21,10 @@ from jaxft.potential import Potential, predict
 from jaxft.train import finetune, merge
 from jaxft.tree import interpolate
 from jaxft.version import __version__
+
+if hugepages.is_command():
+    gc.freeze()  # what is imported stays, and need not be looked at again and again
+    gc.enable()
 
 __all__ = [
     "Potential",

@@ -1,13 +1,16 @@
-"""Training state on disk: Orbax checkpoints, and the record of what they belong to."""
+"""Training state on disk: Orbax checkpoints, and the record of what they belong to.
+
+Orbax is imported when there is something to save or to restore: a new run starts without it.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from jaxft import parallel
 from jaxft.tree import name_diff
@@ -28,15 +31,20 @@ class Checkpoints:
 
     def __init__(self, directory: Path, identity: dict[str, Any], *, keep: int = 1) -> None:
         self.identity = identity
-        # Synchronous: the state's buffers are donated to the next step.
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=False
-            ),
-        )
-
+        self._directory = directory.absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
         self._saved = self._took = 0.0
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        # Synchronous: the state's buffers are donated to the next step.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=True, enable_async_checkpointing=False
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
 
     @property
     def is_due(self) -> bool:
@@ -48,10 +56,13 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The number of updates at the newest checkpoint."""
-        return self._manager.latest_step()
+        is_new = next(self._directory.iterdir(), None) is None
+        return None if is_new else self._manager.latest_step()
 
     def save(self, step: int, arrays: Any, progress: dict[str, Any]) -> None:
         """Save a tree of arrays and a JSON-like record of where the run stands."""
+        import orbax.checkpoint as ocp
+
         began = time.monotonic()
         self._manager.save(
             step,
@@ -70,25 +81,29 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint belongs to a run with another identity.
         """
-        record = self._restore(progress=ocp.args.JsonRestore())["progress"]
+        import orbax.checkpoint as ocp
+
+        composite = ocp.args.Composite
+        record = self._restore(composite(progress=ocp.args.JsonRestore()))["progress"]
         self._check_identity(record["identity"])
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        arrays = self._restore(arrays=ocp.args.StandardRestore(target))["arrays"]
+        arrays = self._restore(composite(arrays=ocp.args.StandardRestore(target)))["arrays"]
         return arrays, record["progress"]
 
-    def _restore(self, **what: Any) -> Any:
+    def _restore(self, what: Any) -> Any:
         step = self._manager.latest_step()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**what))
+            return self._manager.restore(step, args=what)
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint {self._manager.directory / str(step)} is damaged "
+                f"the checkpoint {self._directory / str(step)} is damaged "
                 f"({error!s:.300});\nremove it to resume from an older one, if there is one, or "
                 "start a new output."
             ) from error
 
     def close(self) -> None:
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
         now = {f"{k}: {v}" for k, v in self.identity.items()}

@@ -161,7 +161,7 @@ def finetune(
         moved = (state.step + 1, trainable._replace(coords=projected), opt_state)
         before = (state.step, state.trainable, state.opt_state)
         counter, trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old), moved, before
+            lambda new, old: jax.lax.select(is_finite, new, old), moved, before
         )
         info = {**info, "gradient_norm": norm, "is_finite": is_finite}
         return TrainState(counter, trainable, state.frozen, opt_state), info

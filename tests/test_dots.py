@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxft.models.dots import apply, match, mix, pick, spread
+from jaxft.models.dots import add_up, apply, match, mix, pick, spread, times
 
 R, K, M, C = 3, 4, 2, 5
 FORMS = {
@@ -67,3 +67,23 @@ def test_apply():
     matrix, x = random(C, M), random(R, K, C, seed=1)
     np.testing.assert_allclose(apply(matrix, x), x @ matrix, rtol=1e-13, atol=1e-13)
     check_grads(apply, (matrix, x), order=3, modes=("fwd", "rev"))
+
+
+def test_times():
+    x, matrix = random(R, K, M), random(M, C, seed=1)
+    np.testing.assert_allclose(times(x, matrix), x @ matrix, rtol=1e-13, atol=1e-13)
+    check_grads(times, (x, matrix), order=2, modes=("fwd", "rev"))
+    assert times(x.astype("float32"), matrix).dtype == "float64"
+
+
+def test_add_up():
+    x = random(R, K, C)
+    np.testing.assert_allclose(add_up(x), x.sum(axis=1), rtol=1e-13, atol=1e-13)
+    check_grads(lambda x: add_up(x**2), (x,), order=3, modes=("fwd", "rev"))
+    for axis in range(4):
+        many = jnp.moveaxis(random(2, R, K, C), 0, axis)
+        found = jax.jit(jax.vmap(add_up, in_axes=axis))(many)
+        np.testing.assert_allclose(found, jnp.moveaxis(many, axis, 0).sum(axis=2), atol=1e-13)
+    text = str(jax.make_jaxpr(jax.grad(lambda x: add_up(x).sum()))(x))
+    assert "broadcast_in_dim" in text
+    assert "pad" not in text

@@ -28,6 +28,8 @@ from jaxft.progress import Run
 from jaxft.strategies import freeze
 from jaxft.timing import MEASURED
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
 WEIGHTS = {"energy": 1.0, "forces": 10.0, "stress": 10.0}
 
 SCRIPT = """

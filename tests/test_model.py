@@ -8,12 +8,14 @@ import ase.build
 import jax
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from converters.to_jax import convert
 from jaxft import data, tree
 from jaxft.models.contraction import compress
 from jaxft.models.irreps import multiplicities
 from jaxft.models.radial import polynomial_cutoff
+from jaxft.potential import _smallest_graph
 
 TORCH = Path(__file__).parent / "data" / "tiny_torch.json"
 """What torch MACE 0.3.16 says of two frames; tests/data/make_tiny.py wrote it."""
@@ -248,6 +250,14 @@ def test_elements_are_told_apart(evaluate):
     pairs = [ase.Atoms([a, "Cl"], [[0, 0, 0], [0, 0, 2.0]]) for a in ("H", "C", "O", "Na", "Cl")]
     energies = [e for e, _, _ in evaluate(pairs)]
     assert np.min(np.abs(np.subtract.outer(energies, energies)) + 9 * np.eye(5)) > 1e-3
+
+
+def test_a_parameter_of_another_shape_is_refused(model, params):
+    wrong = jax.tree.map(lambda x: x, params)
+    wrong["interactions_0"]["linear_up"]["0e"] = np.ones((1, 2))
+    graph = _smallest_graph(model, "float64")
+    with pytest.raises(ScopeParamShapeError, match="interactions_0/linear_up"):
+        jax.eval_shape(lambda: model.node_energies(wrong, graph))
 
 
 def test_random_parameters_have_the_structure_of_converted_ones(model, params):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ase
-import ase.io
 import numpy as np
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
@@ -22,6 +21,10 @@ from jaxft.data.labels import (
     tensor,
     weights_of,
 )
+from jaxft.postponed import postponed
+
+with postponed("scipy.integrate", "scipy.spatial"):  # for densities of states, for slabs
+    import ase.io
 
 ISOLATED_ATOM = "IsolatedAtom"
 """``config_type`` of frames that hold one free atom: they give E0s and are never trained on."""

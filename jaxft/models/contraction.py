@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.models.dots import mix, pick
+from jaxft.graph import take
+from jaxft.models.dots import add_up, mix, pick
 from jaxft.models.irreps import Features, multiplicities
+from jaxft.models.parameter import parameter
 from jaxft.typing import Array
 
 
@@ -150,8 +152,7 @@ def contract(
         # A product with the one-hot rows, since the transpose of a gather is a scatter with
         # few, contended targets.
         reduced = jnp.einsum("rsc,ns->rnc", reduced, one_hot).reshape(-1, n * channels)
-        # one fused loop; as a reduction over a short axis XLA takes ten times as long
-        summed = sum(terms[:, r] * reduced[r] for r in range(rank))
+        summed = add_up(terms * reduced)
         out[name] = summed.reshape(-1, n, channels).transpose(1, 0, 2)
     return out
 
@@ -175,7 +176,7 @@ class SymmetricContraction(nn.Module):
         weights = {}
         for name, paths in zip(multiplicities(self.irreps_out), self.paths, strict=True):
             native = NativeWeights(paths, self.num_elements, x.shape[-1], name=name)()
-            weights[name] = native[elements]
+            weights[name] = take(native, elements)
         return self.contract(x, weights, one_hot, couplings)
 
 
@@ -192,5 +193,5 @@ class NativeWeights(nn.Module):
         blocks = []
         for name, k in zip(weight_names(len(self.paths)), self.paths, strict=True):
             init = nn.initializers.normal(1.0 / max(k, 1))
-            blocks.append(self.param(name, init, (self.num_elements, k, self.channels)))
+            blocks.append(parameter(self, name, init, (self.num_elements, k, self.channels)))
         return jnp.concatenate(blocks, axis=1)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxft.graph import Graph, sum_rows
-from jaxft.models.dots import apply, mix
+from jaxft.graph import Graph, sum_rows, take
+from jaxft.models.dots import apply, mix, times
 from jaxft.models.irreps import Features, Path
 from jaxft.models.precision import PARITY, Precision
 from jaxft.typing import Array
@@ -39,18 +39,17 @@ def convolve(
       {irrep: [N, 2l + 1, ΣC over its slots]}, the slots of one irrep side by side in path order.
     """
     hidden, matrix = radial
-    sent = {name: block[graph.senders] for name, block in features.items()}
+    sent = {name: take(block, graph.senders) for name, block in features.items()}
     slots: dict[str, list[Array]] = {}
-    start = 0
-    for path in paths:
-        stop = start + features[path.node].shape[-1]
+    widths = [features[path.node].shape[-1] for path in paths]
+    for path, columns in zip(paths, jax.lax.split(matrix, widths, axis=1), strict=True):
         with jax.default_matmul_precision(precision.radial):
-            weights = apply(matrix[:, start:stop], hidden)
-        start = stop
-        coupling = jnp.asarray(path.coupling, weights.dtype)
-        angular = jnp.einsum("rkj,ijm->rkim", harmonics[path.edge], coupling)
+            weights = apply(columns, hidden)
+        i, j, m = path.coupling.shape
+        coupling = path.coupling.transpose(1, 0, 2).reshape(j, i * m).astype(weights.dtype)
+        angular = times(harmonics[path.edge], coupling)
         weighted = sent[path.node] * weights[:, :, None, :]
-        r, k, i, m = angular.shape
+        r, k = graph.senders.shape
         rows = mix(angular.reshape(r, k * i, m), weighted.reshape(r, k * i, -1))
         slots.setdefault(path.out, []).append(rows)
     merged = {name: jnp.concatenate(rows, axis=-1) for name, rows in slots.items()}

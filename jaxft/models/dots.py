@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from jaxft.graph import take
 from jaxft.typing import Array
 
 
@@ -49,9 +50,30 @@ def apply(matrix: Array, x: Array) -> Array:
     return rows.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def _bind(primitive: Primitive, a: Array, b: Array) -> Array:
+def times(x: Array, matrix: Array) -> Array:
+    """``x @ matrix``: [..., a], [a, b] -> [..., b], as one operation."""
+    a, b = _promoted(x, matrix)
+    return jax.lax.dot_general(a, b, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def add_up(x: Array) -> Array:
+    """Sum over a short axis: [a, r, c] -> [a, c].
+
+    One fused loop over the last axis, as a reduction XLA takes ten times as long on CPUs; and one
+    operation, whose transpose is a broadcast and not a sum of padded slices.
+    """
+    return _ADD_UP.bind(x)
+
+
+def _promoted(a: Array, b: Array) -> tuple[Array, Array]:
+    if a.dtype == b.dtype:
+        return a, b
     dtype = jnp.result_type(a, b)
-    return primitive.bind(a.astype(dtype), b.astype(dtype), precision=_precision())
+    return a.astype(dtype), b.astype(dtype)
+
+
+def _bind(primitive: Primitive, a: Array, b: Array) -> Array:
+    return primitive.bind(*_promoted(a, b), precision=_precision())
 
 
 def _precision() -> str | None:
@@ -107,13 +129,28 @@ ad.defbilinear(
 )
 
 
+def _sum_of_slices(x: Array) -> Array:
+    return functools.reduce(jax.lax.add, (x[:, r] for r in range(x.shape[1])))
+
+
+_ADD_UP = Primitive("add_up")
+_ADD_UP.def_impl(jax.jit(_sum_of_slices))
+_ADD_UP.def_abstract_eval(lambda x: jax.core.ShapedArray((x.shape[0], x.shape[2]), x.dtype))
+ad.deflinear2(_ADD_UP, lambda ct, x: [jax.lax.broadcast_in_dim(ct, x.aval.shape, (0, 2))])
+batching.primitive_batchers[_ADD_UP] = lambda args, dims: (
+    jax.vmap(_sum_of_slices, in_axes=dims)(*args),
+    0,
+)
+mlir.register_lowering(_ADD_UP, mlir.lower_fun(_sum_of_slices, multiple_results=False))
+
+
 @jax.custom_jvp
 def pick(selector: Array, x: Array) -> Array:
     """``selector @ x`` for one-hot rows [T, n] and x [n, c] -> [T, c], by copying rows.
 
     Its derivative is the product, since the transpose of copying is a scatter.
     """
-    return x[jax.lax.argmax(selector, selector.ndim - 1, jnp.int32)]
+    return take(x, jax.lax.argmax(selector, selector.ndim - 1, jnp.int32))
 
 
 @pick.defjvp

@@ -12,6 +12,7 @@ Reference: Batatia et al., NeurIPS 2022 (arXiv:2206.07697); block semantics afte
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxft.graph import Graph, sum_rows
+from jaxft.graph import Graph, sum_rows, take
 from jaxft.models import radial
 from jaxft.models.backend import XLA, Backend
 from jaxft.models.config import (
@@ -30,6 +31,7 @@ from jaxft.models.config import (
     ReadoutConfig,
 )
 from jaxft.models.contraction import SymmetricContraction
+from jaxft.models.dots import times
 from jaxft.models.harmonics import spherical_harmonics
 from jaxft.models.irreps import (
     Features,
@@ -38,6 +40,7 @@ from jaxft.models.irreps import (
     multiplicities,
     tensor_product_paths,
 )
+from jaxft.models.parameter import parameter
 from jaxft.models.radial import Affine, EdgeMLP, RadialMLP
 from jaxft.typing import Array
 
@@ -105,10 +108,10 @@ class Linear(nn.Module):
         for name, mul in multiplicities(self.irreps_out).items():
             if name in x:
                 fan_in = x[name].shape[-1]
-                weight = self.param(name, nn.initializers.normal(1.0), (fan_in, mul))
-                out[name] = x[name] @ (weight / jnp.sqrt(1.0 * fan_in))
+                weight = parameter(self, name, nn.initializers.normal(1.0), (fan_in, mul))
+                out[name] = times(x[name], weight / math.sqrt(fan_in))
         if self.has_bias:
-            out["0e"] += self.param("bias", nn.initializers.zeros, out["0e"].shape[-1:])
+            out["0e"] += parameter(self, "bias", nn.initializers.zeros, out["0e"].shape[-1:])
         return out
 
 
@@ -126,8 +129,8 @@ class ElementLinear(nn.Module):
             if name in x:
                 fan_in = x[name].shape[-1]
                 shape = (self.num_elements, fan_in, mul)
-                weight = self.param(name, nn.initializers.normal(1.0), shape)
-                weight = weight[elements] / jnp.sqrt(1.0 * fan_in * self.num_elements)
+                weight = parameter(self, name, nn.initializers.normal(1.0), shape)
+                weight = take(weight, elements) / math.sqrt(fan_in * self.num_elements)
                 maps = jnp.einsum("nmi,sio->snmo", x[name], weight)
                 out[name] = jnp.einsum("ns,snmo->nmo", one_hot, maps)
         return out
@@ -142,8 +145,8 @@ class ElementTable(nn.Module):
     @nn.compact
     def __call__(self, elements: Array) -> Array:
         """[S] rows of the element table -> [S, mul]."""
-        table = self.param("0e", nn.initializers.normal(1.0), (self.num_elements, self.mul))
-        return table[elements] / jnp.sqrt(1.0 * self.num_elements)
+        table = parameter(self, "0e", nn.initializers.normal(1.0), (self.num_elements, self.mul))
+        return take(table, elements) / math.sqrt(self.num_elements)
 
 
 class Interaction(nn.Module):
@@ -236,8 +239,8 @@ class NonLinearInteraction(nn.Module):
         self.target_embedding = ElementTable(mul, num_elements)
         self.conv_tp_weights = EdgeMLP(config.radial_mlp, width, eps)
         self.density_fn = EdgeMLP(config.density_mlp, 1, eps)
-        self.alpha = self.param("alpha", nn.initializers.constant(20.0), ())
-        self.beta = self.param("beta", nn.initializers.zeros, ())
+        self.alpha = parameter(self, "alpha", nn.initializers.constant(20.0), ())
+        self.beta = parameter(self, "beta", nn.initializers.zeros, ())
         self.linear_1 = Linear(config.gated_irreps)
         self.linear_2 = Linear(config.target_irreps)
 
@@ -368,7 +371,7 @@ class JointEmbedding(nn.Module):
         def uniform(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
-        return jax.nn.silu(x @ self.param("project", uniform, (x.shape[-1], self.mul)))
+        return jax.nn.silu(x @ parameter(self, "project", uniform, (x.shape[-1], self.mul)))
 
 
 class Embedder(nn.Module):
@@ -382,7 +385,7 @@ class Embedder(nn.Module):
         config = self.config
         if config.kind == "categorical":
             shape = (config.num_classes, config.emb_dim)
-            table = self.param("weight", nn.initializers.normal(1.0), shape)
+            table = parameter(self, "weight", nn.initializers.normal(1.0), shape)
             return table[x.reshape(x.shape[0]).astype(jnp.int32) + config.offset]
         x = x.reshape(x.shape[0], config.in_dim)
         for i, width in enumerate((config.in_dim, config.emb_dim)):
@@ -423,9 +426,9 @@ class MACE(nn.Module):
         """-> [N] eV: everything but the isolated-atom energies; padding atoms hold the shift."""
         config = self.config
         one_hot = jax.nn.one_hot(graph.species, graph.elements.shape[0], dtype=graph.vectors.dtype)
-        head = graph.head[graph.graph_index]
+        head = take(graph.head, graph.graph_index)
         heads = jax.nn.one_hot(head, len(config.heads), dtype=graph.vectors.dtype)
-        scalars = one_hot @ self.node_embedding(graph.elements)
+        scalars = times(one_hot, self.node_embedding(graph.elements))
         outside = jnp.zeros_like(graph.vectors, shape=(graph.n_node,))
         if config.embeddings:
             scalars = scalars + self.joint_embedding(graph)
@@ -557,7 +560,7 @@ def _edges(config: MACEConfig, atoms: Atoms, constants: Constants) -> Edges:
     else:
         factor = cutoff
     harmonics = spherical_harmonics(config.edge_irreps, graph.vectors / r[..., None])
-    elements = one_hot[graph.senders], atoms.one_hot[graph.receivers]
+    elements = take(one_hot, graph.senders), take(atoms.one_hot, graph.receivers)
     return Edges(r, harmonics, basis, factor, elements)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.models.dots import apply
+from jaxft.models.parameter import parameter
 from jaxft.typing import Array
 
 Pair = tuple[Array, Array]
@@ -101,11 +103,11 @@ class RadialMLP(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """[..., n] -> hidden features [..., h], matrix [h, n_out] with 1/sqrt(h) included."""
         for i, width in enumerate(self.widths):
-            weight = self.param(f"layer{i}", nn.initializers.normal(1.0), (x.shape[-1], width))
-            x = self.constant * jax.nn.silu(apply(weight / jnp.sqrt(1.0 * x.shape[-1]), x))
+            weight = parameter(self, f"layer{i}", nn.initializers.normal(1.0), (x.shape[-1], width))
+            x = self.constant * jax.nn.silu(apply(weight / math.sqrt(x.shape[-1]), x))
         shape = (x.shape[-1], self.n_out)
-        last = self.param(f"layer{len(self.widths)}", nn.initializers.normal(1.0), shape)
-        return x, last / jnp.sqrt(1.0 * x.shape[-1])
+        last = parameter(self, f"layer{len(self.widths)}", nn.initializers.normal(1.0), shape)
+        return x, last / math.sqrt(x.shape[-1])
 
 
 class EdgeMLP(nn.Module):
@@ -158,10 +160,10 @@ class Affine(nn.Module):
         def uniform(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
-        weight = self.param("weight", uniform, (self.n_in, self.n_out))
+        weight = parameter(self, "weight", uniform, (self.n_in, self.n_out))
         if not self.has_bias:
             return weight, jnp.zeros_like(weight[0])
-        return weight, self.param("bias", uniform, (self.n_out,))
+        return weight, parameter(self, "bias", uniform, (self.n_out,))
 
 
 class LayerNorm(nn.Module):
@@ -171,8 +173,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        weight = parameter(self, "weight", nn.initializers.ones, x.shape[-1:])
+        bias = parameter(self, "bias", nn.initializers.zeros, x.shape[-1:])
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = (centred**2).mean(axis=-1, keepdims=True)
         return centred / jnp.sqrt(variance + self.eps) * weight + bias
