@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -79,22 +79,10 @@ def _named(spec: str) -> tuple[str, str]:
 
 
 def _torch(name: str, path: str, dtype: Dtype, head: str | None) -> Candidate:
-    try:
-        from mace.calculators import MACECalculator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{TORCH}{path} needs torch and mace-torch; use pip install 'jaxft[torch]', or convert "
-            "the file and give the bundle."
-        ) from error
+    from converters.verify import torch_calculator
     from jaxft.evaluate.candidate import AseCandidate
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is no file; give {TORCH}FILE.model.")
-    options: dict[str, Any] = {} if head is None else {"head": head}
-    calculator = MACECalculator(
-        model_paths=path, device="cpu", default_dtype=dtype.value, **options
-    )
-    return AseCandidate(name, calculator)
+    return AseCandidate(name, torch_calculator(path, dtype=dtype.value, head=head))
 
 
 def show(finding: Finding, *, as_json: bool, save: Path | None, report: Path | None) -> None:
