@@ -310,11 +310,11 @@ def torch_calculator(path: str | Path, *, dtype: str, head: str | None = None) -
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; give the .model that mace-torch saved.")
-    torch_and_mace()
-    from mace.calculators import MACECalculator
-
     options: dict[str, Any] = {} if head is None else {"head": head}
-    return MACECalculator(model_paths=str(path), device="cpu", default_dtype=dtype, **options)
+    with torch_and_mace(dtype):
+        from mace.calculators import MACECalculator
+
+        return MACECalculator(model_paths=str(path), device="cpu", default_dtype=dtype, **options)
 
 
 def structures(atomic_numbers: Sequence[int], r_max: float) -> dict[str, ase.Atoms]:
