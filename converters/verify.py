@@ -11,6 +11,7 @@ import ase
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ase.calculators.calculator import Calculator
 from ase.data import covalent_radii
 
 from converters.to_jax import convert_with_provenance
@@ -296,6 +297,24 @@ def _torch_batch(module: Any, frames: Sequence[ase.Atoms]) -> dict[str, Any]:
 
 SPACING = 2.8
 """Å, between neighbours in the slab and in the 64-atom cell."""
+
+
+def torch_calculator(path: str | Path, *, dtype: str, head: str | None = None) -> Calculator:
+    """mace-torch's own ASE calculator of a ``.model``, on the CPU.
+
+    torch executes what the file says; this is for files of one's own.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: torch or mace-torch is not installed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; give the .model that mace-torch saved.")
+    options: dict[str, Any] = {} if head is None else {"head": head}
+    with torch_and_mace(dtype):
+        from mace.calculators import MACECalculator
+
+        return MACECalculator(model_paths=str(path), device="cpu", default_dtype=dtype, **options)
 
 
 def structures(atomic_numbers: Sequence[int], r_max: float) -> dict[str, ase.Atoms]:

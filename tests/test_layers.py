@@ -25,6 +25,7 @@ LAYERS = {
         "timing",
         "validation",
         "evaluate",
+        "calculator",
         "bundle",
         "describe",
         "changes",
@@ -37,7 +38,7 @@ LAYERS = {
         "logs",
         "report",
     ],
-    5: ["fit", "calculator"],
+    5: ["fit"],
     6: [
         "cli",
         "config",
