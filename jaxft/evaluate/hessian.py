@@ -149,9 +149,7 @@ def force_constants(
         chunk=chunk,
         progress=progress,
     )
-    return np.ascontiguousarray(
-        found.reshape(len(chosen), 3, len(atoms), 3).transpose(0, 2, 1, 3)
-    )
+    return np.ascontiguousarray(found.reshape(len(chosen), 3, len(atoms), 3).transpose(0, 2, 1, 3))
 
 
 def hessian(
