@@ -144,6 +144,7 @@ def expansion(
         temperature + steps,
         internal_energies=[energies[i] for i in order],
         mesh=mesh,
+        exclude_gamma_acoustic=True,
     )
     if len(found.temperatures) < 2:
         return None
