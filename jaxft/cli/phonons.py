@@ -58,7 +58,7 @@ def evaluate_phonons(
     from jaxft.display import Display
     from jaxft.evaluate.crystals import phonopy_api, read_crystal
     from jaxft.evaluate.phonon_tasks import Options
-    from jaxft.evaluate.phonons import phonons
+    from jaxft.evaluate.phonons import phonons, tables
 
     check_outputs(save, report)
     phonopy_api()
@@ -77,7 +77,7 @@ def evaluate_phonons(
     judged = candidates(models, dtype, head, batch_size)
     with Display(console).counter(label="phonons") as advance:
         finding = phonons(judged, crystals, options, reference=reference, progress=advance)
-    show(finding, as_json=as_json, save=save, report=report)
+    show(finding, as_json=as_json, save=save, report=report, tables=tables(finding))
 
 
 def _repetitions(text: str | None) -> tuple[int, ...] | None:

@@ -109,7 +109,7 @@ def read_crystal(
         raise ValueError(f"{path} does not exist; give a crystal's file, or a folder of phonopy.")
     yaml = _yaml(path) if path.is_dir() else path if ".yaml" in path.name else None
     folder = path if path.is_dir() else path.parent
-    name = name or (path.name if path.is_dir() else f"{folder.name}/{path.name}".lstrip("/"))
+    name = name or (path.name if path.is_dir() else path.name.split(".")[0])
     if yaml is not None:
         return _with_reference(name, folder, *_said(yaml, supercell))
     if path.is_dir():

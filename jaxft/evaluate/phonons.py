@@ -28,6 +28,18 @@ from jaxft.evaluate.zones import (
 )
 
 ALL = "all crystals"
+GROUPS = {
+    "phonons": ("omega_max", "omega_mean", "omega_min", "stable", "sum_rule"),
+    "against the reference": ("mae", "omega_max_bias", "w1", "dos_error", "curvature_slope")
+    + ("force_rmse",),
+    "imaginary modes": ("crystals", "imaginary_precision", "imaginary_recall"),
+    "sound": ("slowest_sound", "fastest_sound", "gruneisen", "debye"),
+    "harmonic": ("heat_capacity", "entropy", "free_energy")
+    + ("heat_capacity_error", "entropy_error", "free_energy_error"),
+    "anharmonic": ("slack_kappa", "expansion", "volume", "bulk_modulus"),
+}
+"""Columns that are shown together."""
+
 AVERAGED = ("mae", "omega_max_bias", "w1", "dos_error", "curvature_slope", "force_rmse")
 """Columns whose means over crystals the summary shows; of the bias, that of its size."""
 
@@ -226,6 +238,21 @@ def _summary(model: str, rows: Sequence[Row], reference: str) -> Row:
     values["imaginary_precision"] = hits / said if said else None
     values["imaginary_recall"] = hits / true if true else None
     return Row(model, ALL, values)
+
+
+def tables(finding: Finding) -> list[Finding]:
+    """The columns in groups that fit a page, each with the rows that have something in it."""
+    found = []
+    for title, columns in GROUPS.items():
+        rows = [
+            Row(row.model, row.subject, values, None if found else row.flag)
+            for row in finding.rows
+            if (values := {c: row.values[c] for c in columns if row.values.get(c) is not None})
+            or (row.flag and not found)
+        ]
+        if rows:
+            found.append(Finding(title, tuple(rows), {c: finding.units[c] for c in columns}))
+    return found
 
 
 def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
