@@ -241,7 +241,7 @@ def _summary(model: str, rows: Sequence[Row], reference: str) -> Row:
 
 def tables(finding: Finding) -> list[Finding]:
     """The columns in groups that fit a page, each with the rows that have something in it."""
-    found = []
+    found: list[Finding] = []
     for title, names in GROUPS.items():
         columns = names.split()
         rows = [
