@@ -85,8 +85,18 @@ def _torch(name: str, path: str, dtype: Dtype, head: str | None) -> Candidate:
     return AseCandidate(name, torch_calculator(path, dtype=dtype.value, head=head))
 
 
-def show(finding: Finding, *, as_json: bool, save: Path | None, report: Path | None) -> None:
-    """Print and keep a result; the paths were looked at by :func:`check_outputs`."""
+def show(
+    finding: Finding,
+    *,
+    as_json: bool,
+    save: Path | None,
+    report: Path | None,
+    tables: Sequence[Finding] = (),
+) -> None:
+    """Print and keep a result; the paths were looked at by :func:`check_outputs`.
+
+    A result of many columns is printed as several ``tables``.
+    """
     document = json.dumps(finding.to_dict(), indent=1)
     if save is not None:
         save.write_text(document + "\n")
@@ -97,6 +107,7 @@ def show(finding: Finding, *, as_json: bool, save: Path | None, report: Path | N
     if as_json:
         print(document)
         return
-    console.print(finding.render())
+    for table in tables or (finding,):
+        console.print(table.render())
     for note in finding.notes:
         console.print(note)
