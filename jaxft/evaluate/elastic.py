@@ -37,7 +37,7 @@ FLOPPY = 1e-2
 RESIDUAL = 0.5
 """GPa; a larger stress at zero strain means that this is no equilibrium."""
 
-VOIGT = [f"c{i}{j}" for i in range(1, 7) for j in range(i, 7)]
+VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 UNITS = {
     "k_vrh": "GPa",
     "g_vrh": "GPa",
@@ -47,7 +47,7 @@ UNITS = {
     "k_error": "%",
     "g_error": "%",
     "tensor_mae": "GPa",
-    **dict.fromkeys(VOIGT, "GPa"),
+    **{f"c_{name}": "GPa" for name in VOIGT},
 }
 KINDS = ("clamped ions", "relaxed ions")
 
@@ -123,8 +123,9 @@ def check(
 
 
 NOTES = (
-    "K and G are Hill's means of Voigt and Reuss. Voigt order xx, yy, zz, yz, xz, xy. Relaxed ions "
-    "by linear response. lowest eigenvalue of C: negative is mechanically unstable.",
+    "K and G are Hill's means of Voigt and Reuss. The rows xx … xy are those of the tensor, against "
+    "engineering strains. Relaxed ions by linear response. A lowest eigenvalue of C below 0 is "
+    "mechanically unstable.",
 )
 
 
@@ -169,7 +170,7 @@ def _cells(atoms: ase.Atoms, strains: np.ndarray) -> list[ase.Atoms]:
     cells = [atoms.copy()]
     for strain in strains:
         cell = atoms.copy()
-        deformation = np.eye(3) + voigt_6_to_full_3x3_strain(strain)
+        deformation = voigt_6_to_full_3x3_strain(strain)  # ASE's holds the identity
         cell.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
         cells.append(cell)
     for k in range(3 * len(atoms)):
@@ -255,6 +256,9 @@ def _rows(
             "residual_stress": found.residual,
         }
         rows.append(Row(model, f"{name}, {kind}", values, _warning(found, c)))
+        for axis, line in zip(VOIGT, c.tolist(), strict=True):
+            numbers = {f"c_{other}": value for other, value in zip(VOIGT, line, strict=True)}
+            rows.append(Row(model, f"{name}, {kind}, {axis}", numbers))
     return rows
 
 
@@ -268,7 +272,6 @@ def _warning(found: Tensors, c: np.ndarray) -> str | None:
 
 def _values(c: np.ndarray, reference: np.ndarray | None) -> dict[str, Value]:
     values: dict[str, Value] = {"lowest_eigenvalue": float(np.linalg.eigvalsh(c)[0])}
-    values |= {f"c{i + 1}{j + 1}": float(c[i, j]) for i in range(6) for j in range(i, 6)}
     found, known = moduli(c), None if reference is None else moduli(reference)
     if found is not None:
         values |= {"k_vrh": found[0], "g_vrh": found[1]}

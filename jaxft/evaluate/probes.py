@@ -139,7 +139,7 @@ def _stress_differences(atoms: ase.Atoms, step: float) -> Probe:
     for strain in np.eye(6) * step:
         for sign in (1, -1):
             strained = atoms.copy()
-            deformation = np.eye(3) + sign * voigt_6_to_full_3x3_strain(strain)
+            deformation = voigt_6_to_full_3x3_strain(sign * strain)  # ASE's holds the identity
             strained.set_cell(atoms.cell.array @ deformation, scale_atoms=True)
             structures.append(strained)
 
