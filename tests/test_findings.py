@@ -7,12 +7,16 @@ from dataclasses import replace
 
 import ase
 import ase.build
+import ase.io
 import jax
 import numpy as np
 import pytest
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
+from typer.testing import CliRunner
 
+import jaxft
+from jaxft.cli import app
 from jaxft.data import from_atoms
 from jaxft.evaluate import accuracy, errors, forget, softening
 from jaxft.evaluate.candidate import NOT_FINITE, AseCandidate, Flag, JaxCandidate, check_names
@@ -251,11 +255,8 @@ def test_weights_are_as_far_as_they_were_moved(small):
     assert rows["parameters readouts_0"].values["weight_distance"] == pytest.approx(0.5)
     assert rows["parameters interactions_0"].values["weight_distance"] == 0.0
     fewer = {k: v for k, v in moved.items() if k != "readouts_0"}
-    (total,) = [
-        r
-        for r in forget._distances(base, JaxCandidate("cut", model, {**fewer, "new": {"0e": moved["readouts_0"]}}))
-        if r.subject == "parameters total"
-    ]  # fmt: skip
+    cut = JaxCandidate("cut", model, {**fewer, "new": {"0e": moved["readouts_0"]}})
+    total = forget._distances(base, cut)[-1]
     assert "other names or shapes" in total.flag
 
 
@@ -311,3 +312,57 @@ def test_numbers_of_a_finding_are_plain():
     found = softening.check([candidate("a", 0.5)], labelled("Cu", 1))
     for row in found.to_dict()["rows"]:
         assert all(v is None or not isinstance(v, float) or math.isfinite(v) for v in row.values())
+
+
+# the commands
+
+
+@pytest.fixture(scope="module")
+def folder(small, frames, tmp_path_factory):
+    """Two bundles and their frames."""
+    folder = tmp_path_factory.mktemp("checks")
+    model, params = small
+    jaxft.save(folder / "base.jaxft", model, params)
+    tuned = jax.tree.map(lambda leaf: 1.01 * leaf, params)
+    jaxft.save(folder / "tuned.jaxft", model, tuned)
+    images = []
+    for frame in frames[:3]:
+        images.append(accuracy.atoms_of(frame))
+        images[-1].info["REF_energy"] = frame.energy
+        images[-1].arrays["REF_forces"] = frame.forces
+    ase.io.write(folder / "frames.xyz", images)
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_commands_print_keep_and_draw(folder, tmp_path):
+    base, tuned, frames = (folder / n for n in ("base.jaxft", "tuned.jaxft", "frames.xyz"))
+    alone = json.loads(run("errors", base, frames, "--json").output)
+    assert alone["total"]["forces"]["rmse"] > 0  # as it always was
+    kept, page = tmp_path / "kept.json", tmp_path / "page.html"
+    done = run("errors", base, frames, "--model", tuned, "--save", kept, "--report", page)
+    assert done.exit_code == 0, done.output
+    found = from_dict(json.loads(kept.read_text()))
+    (total,) = [row for row in found.of("base") if row.subject == "total"]
+    assert total.values["forces_rmse"] == pytest.approx(alone["total"]["forces"]["rmse"])
+    assert {row.model for row in found.rows} == {"base", "tuned"}
+    assert "<svg" in page.read_text()
+    again = run("errors", base, frames, "--model", tuned, "--save", kept)
+    assert again.exit_code == 1
+    forgot = json.loads(run("forget", base, tuned, "--data", frames, "--json").output)
+    distances = [r["weight_distance"] for r in forgot["rows"] if r["weight_distance"] is not None]
+    assert distances == pytest.approx([0.01] * len(distances))
+    soft = json.loads(run("softening", f"a={tuned}", "--data", frames, "--json").output)
+    assert {row["model"] for row in soft["rows"]} == {"a"}
+
+
+def test_wrong_input_is_one_error(folder):
+    base = folder / "base.jaxft"
+    twice = run("softening", base, base, "--data", folder / "frames.xyz")
+    assert twice.exit_code == 1
+    unknown = run("diatomics", base, "--element", "Xy")
+    assert unknown.exit_code == 1
+    assert run("rss", base).exit_code == 1

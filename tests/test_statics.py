@@ -176,7 +176,7 @@ def test_a_cubic_crystal_of_springs_has_the_constants_of_the_textbook():
     k_over_a = 2.0 / 3.0 / GPa
     assert rows["sc, clamped ions, xx"].values["c_xx"] == pytest.approx(k_over_a, rel=1e-3)
     assert rows["sc, clamped ions, xx"].values["c_yy"] == pytest.approx(0.0, abs=0.01 * k_over_a)
-    assert "unstable" in rows["sc, clamped ions"].flag  # or at its border: no shear modulus
+    assert rows["sc, clamped ions, yz"].values["c_yz"] == pytest.approx(0.0, abs=0.01 * k_over_a)
 
 
 def test_bulk_modulus_is_that_of_the_equation_of_state():
@@ -357,7 +357,6 @@ def test_a_smooth_potential_has_no_flags(rattled_cells):
 
 
 def test_a_jump_at_the_cutoff_is_caught_with_its_height(rattled_cells):
-    lj = LennardJones(sigma=2.2, epsilon=0.5, rc=5.0)
     cut = Pair(lambda d: lj_energy(d), lambda d: lj_slope(d), r_max=5.0)
 
     def lj_energy(d):
@@ -366,7 +365,6 @@ def test_a_jump_at_the_cutoff_is_caught_with_its_height(rattled_cells):
     def lj_slope(d):
         return 4 * 0.5 * (-12 * (2.2 / d) ** 12 + 6 * (2.2 / d) ** 6) / d
 
-    del lj
     (row,) = smoothness.check(
         [AseCandidate("cut", cut)], {"cluster": rattled_cells["cluster"]}, r_max=5.0
     ).rows
@@ -461,11 +459,11 @@ def crystals(count, seed=0):
 
 
 def test_a_holey_potential_is_caught_and_a_sound_one_is_not():
-    some = crystals(4)
+    some = crystals(3)
     fallen = crystals(1)[0]
     fallen.positions[1] = fallen.positions[0] + [0.7, 0, 0]  # beyond the wall
     found = rss.check(
-        [morse(), holey()], {"Cu": [*some, fallen]}, pressures=[0.1], rounds=2, steps=40
+        [morse(), holey()], {"Cu": [*some, fallen]}, pressures=[0.1], rounds=2, steps=20
     )
     good, bad = found.rows
     assert good.values["holes"] == 0

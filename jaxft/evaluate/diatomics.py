@@ -236,13 +236,15 @@ def _row(
     if isinstance(curve, Flag):
         return Row(model, subject, {}, curve.reason)
     values = measures(curve) | bond(pair, curve)
-    if reference is not None and not isinstance(reference, Flag):
+    if isinstance(reference, Dissociation):
         values["wall_distance"] = wall_distance(curve, reference)
         values["energy_mae"] = float(abs(curve.energy - reference.energy).mean())
     place = curve.r[int(np.argmin(curve.energy))]
     limit = TOO_CLOSE * sum(covalent_radii[atomic_numbers[symbol]] for symbol in pair)
     if curve.energy.min() < -SHALLOW and place < limit:
         return Row(model, subject, values, f"a hole: the lowest energy is at {place:.2f} Å")
+    if isinstance(reference, Flag):
+        return Row(model, subject, values, f"there is no reference: {reference.reason}")
     minima = values["minima"]
     if isinstance(minima, int) and minima > 1:
         return Row(model, subject, values, f"{minima} minima")

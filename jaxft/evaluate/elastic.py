@@ -110,6 +110,8 @@ def check(
         for name, result in results.items():
             reference = found[against].get(name) if against not in (None, model) else None
             rows += _rows(model, name, result, reference)
+            if isinstance(reference, Flag) and rows[-1].flag is None:
+                rows.append(Row(model, name, {}, f"there is no reference: {reference.reason}"))
     settings = {
         "normal_strains": list(normal),
         "shear_strains": list(shear),
@@ -123,7 +125,7 @@ def check(
 
 
 NOTES = (
-    "K and G are Hill's means of Voigt and Reuss. The rows xx … xy are those of the tensor, against "
+    "K and G are Hill's means. The rows xx … xy are those of the tensor, against "
     "engineering strains. Relaxed ions by linear response. A lowest eigenvalue of C below 0 is "
     "mechanically unstable.",
 )

@@ -81,9 +81,12 @@ def check(
     rows = [Row(REFERENCE, name, _values(fitted[name], None, span)) for name in references]
     for model, results in found.items():
         for name, result in results.items():
-            reference = None if model == against and name not in references else fitted.get(name)
+            is_own = model == against and name not in references
+            reference = None if is_own else fitted.get(name)
             values = _values(result.equation, reference, span) if result.equation else {}
-            rows.append(Row(model, name, values, result.flag))
+            is_missing = (references or against) and not is_own and reference is None
+            flag = result.flag or ("there is no reference" if is_missing else None)
+            rows.append(Row(model, name, values, flag))
     pictures = tuple(_picture(name, found, references.get(name)) for name in structures)
     settings = {"span": span, "points": points, "ions": "clamped", "against": against}
     return Finding("eos", tuple(rows), UNITS, settings, pictures, NOTES)

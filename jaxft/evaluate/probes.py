@@ -51,7 +51,7 @@ def probes(atoms: ase.Atoms, *, r_max: float | None, step: float, seed: int) -> 
         "rotation": _turned("rotation", atoms, Rotation.random(rng=rng).as_matrix()),
         "inversion": _turned("inversion", atoms, -np.eye(3)),
         "translation": _shifted(atoms, rng.uniform(-3, 3, size=3)),
-        "permutation": _permuted(atoms, rng.permutation(len(atoms))),
+        "permutation": _permuted(atoms, _cycle(rng.permutation(len(atoms)))),
         "forces": _force_differences(atoms, rng, step),
         "extensivity": _twice(atoms),
     }
@@ -101,6 +101,13 @@ def _shifted(atoms: ase.Atoms, vector: np.ndarray) -> Probe:
         [shifted],
         lambda own, results: _compared("translation", own, results[0].energy, results[0].forces),
     )
+
+
+def _cycle(order: np.ndarray) -> np.ndarray:
+    """One cycle through all atoms: every one moves, which a random permutation does not promise."""
+    cycle = np.empty_like(order)
+    cycle[order] = np.roll(order, 1)
+    return cycle
 
 
 def _permuted(atoms: ase.Atoms, order: np.ndarray) -> Probe:
