@@ -1,6 +1,16 @@
 """The command ``jaxft``."""
 
-from jaxft.cli import data, judge, models, phonons, train  # each adds its commands
+from jaxft.cli import checks, data, judge, models, phonons, statics, train  # each adds its commands
 from jaxft.cli.shared import app, console
 
-__all__ = ["app", "console", "data", "judge", "models", "phonons", "train"]
+__all__ = [
+    "app",
+    "checks",
+    "console",
+    "data",
+    "judge",
+    "models",
+    "phonons",
+    "statics",
+    "train",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,14 +52,10 @@ def candidates(
       ValueError: two have one name, a bundle is none, or a head is unknown.
       ImportError: mace-torch is not installed.
     """
-    from jaxft import bundle as bundles
     from jaxft.evaluate.candidate import JaxCandidate, check_names
 
     named = [_named(spec) for spec in specs]
-    paths = [Path(path) for _, path in named if not path.startswith(TORCH)]
-    stored = [bundles.stored_dtype(bundles.load_numpy(path)[1]) for path in paths]
-    is_double = "float64" in (stored or ["float64"])
-    wanted = dtype or (Dtype.float64 if is_double else Dtype.float32)
+    wanted = dtype or common_dtype(specs)
     use(wanted.value)
     found: list[Candidate] = []
     for name, path in named:
@@ -68,6 +65,36 @@ def candidates(
             model, params = load(Path(path), wanted, head)
             found.append(JaxCandidate(name, model, params, head, batch_size, wanted.value))
     check_names(found)
+    return found
+
+
+def common_dtype(specs: Sequence[str]) -> Dtype:
+    """float64 if any bundle is stored so, or there are torch files alone."""
+    from jaxft import bundle as bundles
+
+    paths = [Path(path) for _, path in map(_named, specs) if not path.startswith(TORCH)]
+    stored = [bundles.stored_dtype(bundles.load_numpy(path)[1]) for path in paths]
+    return Dtype.float64 if "float64" in (stored or ["float64"]) else Dtype.float32
+
+
+def per_head(
+    specs: Sequence[str], dtype: Dtype | None, heads: Sequence[str | None], batch_size: int = 16
+) -> list[Candidate]:
+    """Each model under each of several heads, which its name then tells.
+
+    Raises:
+      ValueError, ImportError: as :func:`candidates`; every model must have every head.
+    """
+    from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
+
+    found: list[Candidate] = []
+    for head in heads:
+        for candidate in candidates(specs, dtype, head, batch_size):
+            assert isinstance(candidate, JaxCandidate | AseCandidate)
+            several = len(heads) > 1
+            found.append(
+                replace(candidate, name=f"{candidate.name} ({head})") if several else candidate
+            )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from jaxft.cli.candidates import Report, Save, check_outputs, per_head, show
 from jaxft.cli.shared import (
     BackendName,
     Dtype,
@@ -69,21 +70,44 @@ def evaluate_errors(
     stress_key: str = "REF_stress",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     plot: Annotated[Path | None, typer.Option(help="Parity plot to write (PNG).")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]MODEL", help="Another model beside BUNDLE; repeatable."),
+    ] = None,
+    every_head: Annotated[
+        list[str] | None, typer.Option(help="Judge each model under this head; repeatable.")
+    ] = None,
+    save: Save = None,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
-    """MAE and RMSE of energy, forces and stress against the labels of DATA."""
+    """MAE and RMSE of energy, forces and stress against the labels of DATA.
+
+    With --model, --every-head, --save or --report the result is that of the other checks: a row per
+    model and group, its JSON document, its page.
+    """
     from jaxft import data
+    from jaxft.evaluate.accuracy import check
     from jaxft.evaluate.errors import errors
     from jaxft.evaluate.plots import check_picture, parity_plot
     from jaxft.evaluate.predictions import predict_frames
 
     if plot is not None:
         check_picture(plot)
-    model, params = load(bundle, dtype, head)
+    check_outputs(save, report)
     keys = data.Keys(energy_key, forces_key, stress_key)
+    if model or every_head or save or report:
+        if plot is not None:
+            raise ValueError("--plot is of one model alone; --report has parity pictures of all.")
+        judged = per_head([str(bundle), *(model or [])], dtype, every_head or [head], batch_size)
+        frames = data.without_isolated_atoms(data.read(files, keys=keys))
+        data.require_any_label(frames, keys=keys)
+        show(check(judged, frames), as_json=as_json, save=save, report=report)
+        return
+    potential, params = load(bundle, dtype, head)
     frames = data.without_isolated_atoms(data.read(files, keys=keys))
     data.require_any_label(frames, keys=keys)
-    results = predict_frames(model, params, frames, head=head, batch_size=batch_size)
+    results = predict_frames(potential, params, frames, head=head, batch_size=batch_size)
     table = errors(frames, results)
     if plot is not None:
         parity_plot(frames, {str(bundle): results}, plot)
