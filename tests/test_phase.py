@@ -8,7 +8,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from matscipy.neighbours import neighbour_list
 
 from jaxft.evaluate.candidate import AseCandidate
-from jaxft.evaluate.phase import ALL, Protocol, phase
+from jaxft.evaluate.phase import ALL, Protocol, check
 from jaxft.evaluate.softmodes import repeats, spectrum
 from jaxft.evaluate.spacegroups import named_group, space_group
 
@@ -88,7 +88,7 @@ def test_forces_and_stress_of_the_lattice_are_derivatives_of_its_energy(cage):
 
 def test_the_double_well_has_its_depth_and_position(cage):
     """Every component has its minimum at s² = (a - 6J)/b, (a - 6J)²/4b deep; c = 0: along 111."""
-    finding = phase([model()], {"cage": cage}, protocol=FIXED)
+    finding = check([model()], {"cage": cage}, protocol=FIXED)
     (row,) = finding.rows
     soft, b = -1.4 + 6 * 0.5, 16.0
     assert row.flag is None
@@ -106,9 +106,7 @@ def test_the_double_well_has_its_depth_and_position(cage):
 def test_the_frequency_of_the_soft_mode_is_that_of_its_spring(cage):
     from ase import units
 
-    found = spectrum(
-        model(), cage, (2, 2, 2), displacement=1e-3, threshold=0.1, symprec=1e-5
-    )
+    found = spectrum(model(), cage, (2, 2, 2), displacement=1e-3, threshold=0.1, symprec=1e-5)
     omega = np.sqrt(1.6 / 16 * units._e / units._amu) * 1e10
     np.testing.assert_allclose(found.lowest, -omega / (2 * np.pi * 1e12), rtol=1e-3)
     assert found.modes[0].directions.shape == (7, 16, 3)  # x, y, z and their sums
@@ -118,7 +116,7 @@ def test_the_frequency_of_the_soft_mode_is_that_of_its_spring(cage):
 
 def test_components_that_avoid_one_another_choose_one_axis(cage):
     """Where c is large, one component lies deeper than two or three."""
-    (row,) = phase([model(c=40.0)], {"cage": cage}, protocol=FIXED).rows
+    (row,) = check([model(c=40.0)], {"cage": cage}, protocol=FIXED).rows
     assert row.values["after"] == "P4mm (99)"
     np.testing.assert_allclose(row.values["depth"], 1e3 * 1.6**2 / 64 / 2, rtol=1e-4)
 
@@ -127,7 +125,7 @@ def test_cells_are_relaxed_before_and_after(cage):
     """The springs want A; without the first relaxation the volume would change by 6 %."""
     cage.set_cell([1.02 * A] * 3, scale_atoms=True)
     free = Protocol(min_length=2 * A, amplitudes=WALK)
-    (row,) = phase([model(c=40.0)], {"cage": cage}, protocol=free).rows
+    (row,) = check([model(c=40.0)], {"cage": cage}, protocol=free).rows
     assert row.flag is None
     assert row.values["after"] == "P4mm (99)"
     assert abs(row.values["volume_change"]) < 0.1
@@ -136,14 +134,14 @@ def test_cells_are_relaxed_before_and_after(cage):
 
 def test_a_zone_boundary_mode_doubles_the_cell(cage):
     """J > 0: neighbours move against each other; the softest point is R, and Γ is stable."""
-    (row,) = phase([model(j=0.5)], {"cage": cage}, protocol=FIXED).rows
+    (row,) = check([model(j=0.5)], {"cage": cage}, protocol=FIXED).rows
     assert row.values["wave_vector"] == "0.5 0.5 0.5"
     np.testing.assert_allclose(row.values["depth"], 1e3 * 3 * 1.6**2 / 64 / 2, rtol=1e-4)
     np.testing.assert_allclose(row.values["position"], np.sqrt(3 * 1.6 / 16), rtol=1e-3)
 
 
 def test_a_harmonic_crystal_that_is_stable_has_no_transition(cage):
-    finding = phase([model(a=-4.0, b=0.0)], {"cage": cage}, expected={"cage": 221}, protocol=FIXED)
+    finding = check([model(a=-4.0, b=0.0)], {"cage": cage}, expected={"cage": 221}, protocol=FIXED)
     row, score = finding.rows
     assert row.values["soft_modes"] == 0
     assert row.values["lowest"] > -0.05
@@ -156,7 +154,7 @@ def test_a_harmonic_crystal_that_is_stable_has_no_transition(cage):
 def test_precision_and_recall_count_wrong_phases_against_both(cage):
     twin = cage.copy()
     models = [model(), model("other", c=40.0), model("stable", a=-4.0, b=0.0)]
-    finding = phase(
+    finding = check(
         models, {"one": cage, "two": twin}, expected={"one": "R 3 m", "two": 99}, protocol=FIXED
     )
     scores = {row.model: row.values for row in finding.rows if row.subject == ALL}
@@ -166,9 +164,7 @@ def test_precision_and_recall_count_wrong_phases_against_both(cage):
 
 
 def test_another_model_is_a_reference(cage):
-    finding = phase(
-        [model("base"), model("tuned")], {"cage": cage}, reference="base", protocol=FIXED
-    )
+    finding = check([model("base"), model("tuned")], {"cage": cage}, against="base", protocol=FIXED)
     assert [row.subject for row in finding.rows if row.model == "base"] == ["cage"]
     score = finding.of("tuned")[-1]
     assert (score.subject, score.values["f1"]) == (ALL, 1.0)
@@ -180,7 +176,7 @@ def test_what_fails_is_a_flagged_row_and_the_rest_goes_on(cage):
             raise RuntimeError("exploded")
 
     molecule = ase.Atoms("O2", [[0, 0, 0], [0, 0, 1.2]])
-    finding = phase(
+    finding = check(
         [AseCandidate("broken", Broken()), model()],
         {"cage": cage, "molecule": molecule},
         expected={"cage": 160},
@@ -196,7 +192,7 @@ def test_what_fails_is_a_flagged_row_and_the_rest_goes_on(cage):
 
 def test_a_walk_that_is_too_short_says_so(cage):
     short = Protocol(min_length=A, cell=False, amplitudes=(0.05, 0.1), steps=1)
-    (row,) = phase([model()], {"cage": cage}, protocol=short).rows
+    (row,) = check([model()], {"cage": cage}, protocol=short).rows
     assert "walk of 0.1 Å" in row.flag
     assert "not converged" in row.flag
 
@@ -206,13 +202,13 @@ def test_a_walk_that_is_too_short_says_so(cage):
     [
         ({"expected": {"other": 1}}, "'other'"),
         ({"expected": {"cage": "Pm-5m"}}, "no space group"),
-        ({"expected": {"cage": 1}, "reference": "model"}, "give one of them"),
-        ({"reference": "nobody"}, "'nobody'"),
+        ({"expected": {"cage": 1}, "against": "model"}, "give one of them"),
+        ({"against": "nobody"}, "'nobody'"),
     ],
 )
 def test_bad_references_are_refused(cage, settings, message):
     with pytest.raises(ValueError, match=message):
-        phase([model()], {"cage": cage}, **settings)
+        check([model()], {"cage": cage}, **settings)
 
 
 @pytest.mark.parametrize(

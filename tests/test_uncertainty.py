@@ -10,7 +10,7 @@ import pytest
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.lj import LennardJones
 
-from jaxft import surgery, tree
+from jaxft import data, surgery, tree
 from jaxft.evaluate import ensemble
 from jaxft.evaluate.candidate import AseCandidate, Flag, JaxCandidate
 from jaxft.evaluate.ensemble import opinions, predict_ensemble, stack
@@ -18,13 +18,18 @@ from jaxft.evaluate.uncertainty import (
     ALL,
     LEVELS,
     Spread,
+    check,
     coverage,
+    judge,
     miscalibration,
     ranking,
     spreads,
-    uncertainty,
     write_ranked,
 )
+
+
+def framed(structures):
+    return [data.from_atoms(atoms, source=str(i)) for i, atoms in enumerate(structures)]
 
 
 def moved(params, seed, where=""):
@@ -32,7 +37,8 @@ def moved(params, seed, where=""):
     rng = np.random.default_rng(seed)
     return tree.unflatten(
         {
-            path: np.asarray(leaf) * (1 + 0.1 * path.startswith(where) * rng.normal(size=leaf.shape))
+            path: np.asarray(leaf)
+            * (1 + 0.1 * path.startswith(where) * rng.normal(size=leaf.shape))
             for path, leaf in tree.flatten(params).items()
         }
     )
@@ -69,9 +75,7 @@ def test_a_stack_keeps_shared_leaves_once(small):
     for i, member in enumerate(several):
         assert all(
             np.array_equal(a, b)
-            for a, b in zip(
-                jax.tree.leaves(whole.member(i)), jax.tree.leaves(member), strict=True
-            )
+            for a, b in zip(jax.tree.leaves(whole.member(i)), jax.tree.leaves(member), strict=True)
         )
 
 
@@ -91,6 +95,13 @@ def test_a_last_layer_ensemble_evaluates_the_trunk_once(small, structures, monke
     found = opinions(candidates, structures[:4])
     assert len({len(c[3]) for c in calls}) == 1
     assert all(len(c[3]) < len(c[2]) for c in calls)
+    same, size, shared, own, graph = calls[0]
+    every = stack([moved(params, seed) for seed in (0, 50, 90, 130)])
+    costs = [
+        original.lower(same, size, kept, batched, graph).cost_analysis()["flops"]
+        for kept, batched in ((shared, own), (every.shared, every.own))
+    ]
+    assert costs[0] < 0.8 * costs[1]
     alone = candidates[2].evaluate(structures[:4])
     for a, b in zip(alone, found[2], strict=True):
         np.testing.assert_allclose(a.forces, b.forces, atol=1e-10)
@@ -113,9 +124,9 @@ def test_a_structure_that_cannot_be_judged_is_flagged_and_the_rest_is_not(member
     assert isinstance(found[0], Spread)
     assert isinstance(found[2], Spread)
     assert ranking(found) in ([0, 2], [2, 0])
-    finding = uncertainty({"three": found}, [structures[0], gold, structures[1]])
+    finding = judge({"three": found}, framed([structures[0], gold, structures[1]]))
     (flagged,) = finding.flags
-    assert flagged.subject == "frame 1"
+    assert flagged.subject == "frame 1: 1"
     assert finding.rows[0].values["frames"] == 2
 
 
@@ -171,7 +182,7 @@ def drawn(factor=1.0, count=40):
 
 
 def test_a_gaussian_ensemble_is_calibrated(toy):
-    finding = uncertainty({"gauss": spreads(drawn(), toy)}, toy)
+    finding = judge({"gauss": spreads(drawn(), toy)}, framed(toy))
     values = finding.rows[0].values
     assert finding.rows[0].subject == ALL
     np.testing.assert_allclose(values["forces_scale"], 1.0, atol=0.06)
@@ -184,7 +195,7 @@ def test_a_gaussian_ensemble_is_calibrated(toy):
 
 
 def test_an_ensemble_that_is_too_sure_has_its_scale(toy):
-    values = uncertainty({"narrow": spreads(drawn(0.5), toy)}, toy).rows[0].values
+    values = judge({"narrow": spreads(drawn(0.5), toy)}, framed(toy)).rows[0].values
     np.testing.assert_allclose(values["forces_scale"], 2.0, atol=0.1)
     assert values["forces_miscalibration"] > 0.15
 
@@ -203,7 +214,7 @@ def test_frames_without_labels_have_spreads_and_no_errors(toy):
     bare = [ase.Atoms(a.symbols, a.positions, info={**a.info}) for a in toy[:5]]
     for atoms in bare:
         del atoms.info["REF_energy"]
-    finding = uncertainty({"gauss": spreads(drawn(count=3), bare)}, bare)
+    finding = judge({"gauss": spreads(drawn(count=3), bare)}, framed(bare))
     values = finding.rows[0].values
     assert values["forces_spread"] > 0
     assert "forces_error" not in values
@@ -221,12 +232,26 @@ def test_ranked_frames_are_written_most_uncertain_first(toy, tmp_path):
     assert worst == sorted(worst, reverse=True)
     assert [frame.info["spread_rank"] for frame in frames] == list(range(6))
     assert all(frame.calc is None for frame in frames)
-    np.testing.assert_allclose(
-        [f.arrays["spread_forces"].max() for f in frames], worst, rtol=1e-6
-    )
+    np.testing.assert_allclose([f.arrays["spread_forces"].max() for f in frames], worst, rtol=1e-6)
     assert "REF_energy" in frames[0].info  # a label stays one
     with pytest.raises(FileExistsError):
         write_ranked(path, some, found)
+
+
+def test_candidates_are_one_ensemble_or_several(toy):
+    frames, members = framed([ase.Atoms("H4", np.eye(4, 3))] * 2), drawn_from_positions()
+    (name,) = {row.model for row in check(members, frames).rows}
+    assert name == "ensemble"
+    finding = check(members, frames, ensembles={"a": ["0", "1"], "b": ["1", "2", "3"]}, top=1)
+    counts = [r.values["members"] for r in finding.rows if r.subject == ALL]
+    assert counts == [2, 3]
+    assert len(finding.of("a")) == 2
+    with pytest.raises(ValueError, match="'9' in an ensemble"):
+        check(members, frames, ensembles={"a": ["0", "9"]})
+
+
+def drawn_from_positions():
+    return [AseCandidate(str(i), LennardJones(epsilon=i + 1, rc=9)) for i in range(4)]
 
 
 def test_ensembles_that_are_none_are_refused(members, structures):
@@ -241,4 +266,4 @@ def test_ensembles_that_are_none_are_refused(members, structures):
     with pytest.raises(ValueError, match="members 1 differ"):
         predict_ensemble([model, other, model], several, structures)
     with pytest.raises(ValueError, match="same frames"):
-        uncertainty({"a": []}, structures)
+        judge({"a": []}, framed(structures))

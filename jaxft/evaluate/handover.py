@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import ase
@@ -34,12 +34,13 @@ FORMATS: dict[str, Callable[[Path, ase.Atoms], None]] = {"vasp": _poscar, "espre
 """Inputs that hold a structure; everything else that a calculation needs is the user's."""
 
 
-def check_target(path: Path, code: str | None) -> None:
+def check_target(path: Path, code: str | None, structures: Iterable[ase.Atoms] = ()) -> None:
     """Before anything is computed.
 
     Raises:
       FileExistsError: ``path`` exists.
-      ValueError: a file without a known suffix, a format that is not known, no folder to write in.
+      ValueError: a file without a known suffix, a format that is not known, no folder to write in,
+        or a structure without a cell for a format that needs one.
     """
     refuse_existing(path)
     if code is not None and code not in FORMATS:
@@ -51,6 +52,11 @@ def check_target(path: Path, code: str | None) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path} cannot be written; its folder does not exist.")
+    if code is not None and (flat := [a for a in structures if a.cell.rank < 3]):
+        raise ValueError(
+            f"{flat[0].symbols} has no cell, which inputs of {code} need; give it one, or write "
+            "NAME.xyz."
+        )
 
 
 def hand_over(path: Path, frames: Sequence[ase.Atoms], code: str | None = None) -> None:
@@ -65,7 +71,7 @@ def hand_over(path: Path, frames: Sequence[ase.Atoms], code: str | None = None) 
     Raises:
       FileExistsError, ValueError: as :func:`check_target`, or there are no frames.
     """
-    check_target(path, code)
+    check_target(path, code, frames)
     if not frames:
         raise ValueError("there are no frames, so nothing was written.")
     bare = [atoms.copy() for atoms in frames]

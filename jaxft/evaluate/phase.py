@@ -122,12 +122,12 @@ class Walked:
     flags: list[str] = field(default_factory=list)
 
 
-def phase(
+def check(
     candidates: Sequence[Candidate],
     structures: Mapping[str, ase.Atoms],
     *,
     expected: Mapping[str, str | int | ase.Atoms] | None = None,
-    reference: str | None = None,
+    against: str | None = None,
     protocol: Protocol | None = None,
 ) -> Finding:
     """Follow the imaginary modes of ``structures`` to the phases that they lead to.
@@ -137,7 +137,7 @@ def phase(
       structures: high-symmetry phases by name, one cell each, periodic in three directions.
       expected: the phase that each ends in, as a space group (symbol or number) or a structure;
         that of the parent where it is stable.
-      reference: instead, a candidate whose phases are the expected ones.
+      against: instead, the name of a candidate whose phases are the expected ones.
       protocol: see :class:`Protocol`.
 
     Returns:
@@ -145,28 +145,28 @@ def phase(
       is expected.
 
     Raises:
-      ValueError: there are no candidates or structures, both ``expected`` and ``reference`` are
+      ValueError: there are no candidates or structures, both ``expected`` and ``against`` are
         given, or either names what is not there.
       ImportError: phonopy is not installed.
     """
     check_names(candidates)
     protocol = protocol or Protocol()
-    groups = _expected(candidates, structures, expected, reference, protocol)
+    groups = _expected(candidates, structures, expected, against, protocol)
     found = {
         (c.name, name): walked(c, atoms, protocol)
         for c in candidates
         for name, atoms in structures.items()
     }
-    if reference is not None:
-        ends = {name: found[reference, name].after for name in structures}
+    if against is not None:
+        ends = {name: found[against, name].after for name in structures}
         groups = {name: end for name, end in ends.items() if end is not None}
     rows: list[Row] = []
     for candidate in candidates:
         own = {name: found[candidate.name, name] for name in structures}
         rows += [_row(candidate.name, n, w, groups.get(n)) for n, w in own.items()]
-        if groups and candidate.name != reference:
+        if groups and candidate.name != against:
             rows.append(Row(candidate.name, ALL, _scores(own, groups)))
-    settings = {**vars(protocol), "shallow": SHALLOW, "reference": reference}
+    settings = {**vars(protocol), "shallow": SHALLOW, "against": against}
     pictures = tuple(p for name in structures if (p := _picture(name, candidates, found)))
     return Finding("phase", tuple(rows), UNITS, settings, pictures, NOTES)
 
@@ -307,16 +307,18 @@ def _expected(
     candidates: Sequence[Candidate],
     structures: Mapping[str, ase.Atoms],
     expected: Mapping[str, str | int | ase.Atoms] | None,
-    reference: str | None,
+    against: str | None,
     protocol: Protocol,
 ) -> dict[str, SpaceGroup]:
     if not structures:
         raise ValueError("there is no structure to look at; give at least one.")
-    if expected and reference is not None:
-        raise ValueError("expected phases and a reference were given; give one of them.")
+    if expected and against is not None:
+        raise ValueError(
+            "expected phases and a model to compare with were given; give one of them."
+        )
     names = [candidate.name for candidate in candidates]
-    if reference is not None and reference not in names:
-        raise ValueError(f"the reference {reference!r} is none of {', '.join(map(repr, names))}.")
+    if against is not None and against not in names:
+        raise ValueError(f"the model {against!r} is none of {', '.join(map(repr, names))}.")
     unknown = sorted(set(expected or ()) - set(structures))
     if unknown:
         raise ValueError(

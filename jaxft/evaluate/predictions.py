@@ -89,9 +89,7 @@ def predict_batch(
       blocks: evaluate it in so many parts, see :func:`jaxft.graph.in_blocks`.
     """
     dtype = jax.tree.leaves(params)[0].dtype.name
-    graph = packed_graph(
-        dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks
-    )
+    graph = packed_graph(dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks)
     prediction = jax.device_get(_predict(_Alike(model), params, graph))
     return frame_results(model.e0s, dataset, chosen, prediction)
 

@@ -10,6 +10,7 @@ Reference: Grandel, Benner and George, arXiv:2604.01017.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -236,7 +237,7 @@ def even(energies: np.ndarray, count: int, window: tuple[float, float]) -> list[
     nearest to the middle of its part; None where there is none. NaN is nowhere."""
     edges = np.linspace(*window, count + 1)
     chosen: list[int | None] = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         inside = np.flatnonzero((energies >= low) & (energies < high))
         nearest = np.abs(energies[inside] - (low + high) / 2)
         chosen.append(int(inside[nearest.argmin()]) if len(inside) else None)

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from jaxft.bundle import refuse_existing
-from jaxft.data import Frame, Keys, from_atoms
+from jaxft.data import Frame
 from jaxft.evaluate.candidate import Candidate, Flag, ProgressFn, check_names
 from jaxft.evaluate.ensemble import opinions
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
@@ -131,52 +131,67 @@ def spreads(
     return found
 
 
-def uncertainty(
-    ensembles: Mapping[str, Spreads],
-    structures: Sequence[ase.Atoms],
+def check(
+    candidates: Sequence[Candidate],
+    frames: Sequence[Frame],
     *,
-    keys: Keys | None = None,
+    ensembles: Mapping[str, Sequence[str]] | None = None,
     top: int = 5,
 ) -> Finding:
+    """Spreads and errors of ensembles of candidates on ``frames``.
+
+    Args:
+      candidates: the members.
+      frames: with labels or without.
+      ensembles: names of members by that of their ensemble; by default all are one.
+      top: so many frames of the largest spread get rows of their own.
+
+    Raises:
+      ValueError: as :func:`spreads`, or an ensemble has a member that is no candidate.
+    """
+    known = {candidate.name: candidate for candidate in candidates}
+    chosen = ensembles or {"ensemble": list(known)}
+    unknown = sorted({name for names in chosen.values() for name in names} - set(known))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))} in an ensemble is none of the models "
+            f"{', '.join(map(repr, known))}."
+        )
+    structures = [_atoms_of(frame) for frame in frames]
+    found = {e: spreads([known[name] for name in names], structures) for e, names in chosen.items()}
+    return judge(found, frames, top=top)
+
+
+def judge(ensembles: Mapping[str, Spreads], frames: Sequence[Frame], *, top: int = 5) -> Finding:
     """Spreads of ensembles, and how they compare with errors where there are labels.
 
     Args:
       ensembles: :func:`spreads` by name.
-      structures: the frames, with labels or without.
-      keys: of the labels.
-      top: so many frames of the largest spread get rows of their own.
+      frames: that they are of.
+      top: as in :func:`check`.
 
     Raises:
-      ValueError: there are no frames, other numbers of them, or a label is malformed.
+      ValueError: there are no frames, or other numbers of them.
     """
-    if not structures or any(len(found) != len(structures) for found in ensembles.values()):
+    if not frames or any(len(found) != len(frames) for found in ensembles.values()):
         raise ValueError(
-            f"{len(structures)} frames cannot be compared with spreads of "
+            f"{len(frames)} frames cannot be compared with spreads of "
             f"{', '.join(str(len(f)) for f in ensembles.values()) or 'nothing'}; give those of the "
             "same frames, at least one."
         )
-    frames = [from_atoms(a, keys=keys, source=f"frame {i}") for i, a in enumerate(structures)]
     rows: list[Row] = []
     curves: dict[str, list[Line]] = {"energy": [], "forces": []}
     clouds: list[Line] = []
     for name, found in ensembles.items():
-        known = [i for i, s in enumerate(found) if isinstance(s, Spread)]
         rows.append(_summary(name, found, frames, curves, clouds))
-        for i in ranking(found)[:top]:
-            rows.append(Row(name, f"frame {i}", _of_frame(found[i])))
+        rows += [Row(name, _subject(frames, i), _of_frame(found[i])) for i in ranking(found)[:top]]
         rows += [
-            Row(name, f"frame {i}", {}, flag.reason)
+            Row(name, _subject(frames, i), {}, flag.reason)
             for i, flag in enumerate(found)
-            if i not in known and isinstance(flag, Flag)
+            if isinstance(flag, Flag)
         ]
-    return Finding(
-        "uncertainty",
-        tuple(rows),
-        UNITS,
-        {"frames": len(structures), "levels": LEVELS, "top": top},
-        _pictures(curves, clouds),
-        NOTES,
-    )
+    settings = {"frames": len(frames), "levels": LEVELS, "top": top}
+    return Finding("uncertainty", tuple(rows), UNITS, settings, _pictures(curves, clouds), NOTES)
 
 
 def ranking(found: Spreads) -> list[int]:
@@ -200,9 +215,9 @@ def write_ranked(
 
     Raises:
       FileExistsError: ``path`` exists.
-      ValueError: no frame has a spread.
+      ValueError: no frame has a spread, or the suffix is another.
     """
-    refuse_existing(Path(path))
+    check_ranked(Path(path))
     chosen = ranking(found)[:most]
     written = []
     for rank, i in enumerate(chosen):
@@ -219,6 +234,13 @@ def write_ranked(
         raise ValueError("no frame has a spread, so there is nothing to rank; see their flags.")
     ase.io.write(path, written, format="extxyz")
     return len(written)
+
+
+def check_ranked(path: Path) -> None:
+    """Raises FileExistsError, or ValueError, unless a ranking can be written there."""
+    refuse_existing(path)
+    if path.suffix not in (".xyz", ".extxyz"):
+        raise ValueError(f"{path} is no .xyz or .extxyz; give such a name.")
 
 
 def coverage(errors: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -285,6 +307,19 @@ def _judged(
         f"{quantity}_scale": error / width if width > 0 else None,
         f"{quantity}_miscalibration": miscalibration(observed),
     }
+
+
+def _subject(frames: Sequence[Frame], i: int) -> str:
+    return f"frame {i}: {frames[i].source}"
+
+
+def _atoms_of(frame: Frame) -> ase.Atoms:
+    atoms = ase.Atoms(
+        frame.atomic_numbers, frame.positions, cell=frame.cell, pbc=frame.pbc, info=frame.features
+    )
+    for name, array in frame.atom_features.items():
+        atoms.set_array(name, array)
+    return atoms
 
 
 def _of_frame(spread: Spread | Flag) -> dict[str, Value]:
