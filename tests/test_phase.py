@@ -190,6 +190,33 @@ def test_what_fails_is_a_flagged_row_and_the_rest_goes_on(cage):
     assert rows["model", ALL].values["f1"] == 1.0
 
 
+def spoilt(kind):
+    atoms = ase.Atoms("PbO", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[A] * 3, pbc=True)
+    if kind == "overlapping":
+        atoms += ase.Atoms("O", [atoms.positions[1]])
+    elif kind == "flat":
+        atoms.cell[2] = 0
+    elif kind == "lost":
+        atoms.positions[1] = np.nan
+    elif kind == "empty":
+        del atoms[:]
+    return atoms
+
+
+@pytest.mark.parametrize("kind", ["overlapping", "flat", "lost", "empty"])
+def test_structures_that_are_none_are_flagged(cage, kind):
+    rows = check([model()], {"bad": spoilt(kind), "cage": cage}, protocol=FIXED).rows
+    assert rows[0].flag is not None
+    assert rows[0].values == {}
+    assert rows[1].flag is None
+
+
+def test_a_supercell_beyond_the_limit_is_flagged(cage):
+    large = Protocol(min_length=2 * A, cell=False, most_atoms=15)
+    (row,) = check([model()], {"cage": cage}, protocol=large).rows
+    assert "16 atoms" in row.flag
+
+
 def test_a_walk_that_is_too_short_says_so(cage):
     short = Protocol(min_length=A, cell=False, amplitudes=(0.05, 0.1), steps=1)
     (row,) = check([model()], {"cage": cage}, protocol=short).rows

@@ -123,11 +123,11 @@ def test_folders_hold_an_input_per_frame(made, tmp_path, code, name, reader):
 
 
 def test_energies_out_of_reach_are_told_with_what_to_change():
-    small = Ranges(min_length=6.0, amplitude=(0.0, 0.01), volume=(1, 1), strain=0.0)
+    small = Ranges(min_length=3.0, amplitude=(0.0, 0.01), volume=(1, 1), strain=0.0)
     frames, finding = rattle(BASE, {"cu": stretched()}, frames=4, ranges=small)
     assert 0 < len(frames) < 4
     assert "raise the amplitude" in finding.rows[0].flag
-    large = Ranges(min_length=6.0, amplitude=(0.3, 0.4))
+    large = Ranges(min_length=3.0, amplitude=(0.3, 0.4))
     frames, finding = rattle(BASE, {"cu": stretched()}, frames=4, ranges=large)
     assert frames == []
     assert "lower the smallest amplitude" in finding.rows[0].flag
@@ -140,6 +140,17 @@ def test_a_structure_that_the_model_does_not_know_is_flagged_and_others_are_made
     (flagged,) = finding.flags
     assert flagged.subject == "iron"
     assert "not relaxed" in flagged.flag
+
+
+def test_structures_that_are_none_are_flagged():
+    flat = stretched()
+    flat.cell[2] = 0
+    doubled = stretched() + stretched()
+    frames, finding = rattle(
+        BASE, {"flat": flat, "doubled": doubled, "cu": stretched()}, frames=2, ranges=RANGES
+    )
+    assert [row.subject for row in finding.flags] == ["flat", "doubled"]
+    assert len(frames) == 2
 
 
 def test_molecules_are_rattled_where_no_volume_is_asked_for():

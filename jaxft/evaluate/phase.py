@@ -25,7 +25,7 @@ from jaxft.evaluate.candidate import Candidate, Flag, check_names
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
 from jaxft.evaluate.relaxation import Relaxed, relax
 from jaxft.evaluate.softmodes import SoftMode, Spectrum, repeats, spectrum, walk
-from jaxft.evaluate.spacegroups import SpaceGroup, named_group, space_group
+from jaxft.evaluate.spacegroups import SpaceGroup, named_group, space_group, unfit
 
 ALL = "all structures"
 """The subject of precision and recall."""
@@ -69,6 +69,7 @@ class Protocol:
 
     Args:
       min_length: Å between opposite faces of the supercell, whose wave vectors are looked at.
+      most_atoms: of the supercell; what is larger is flagged and not computed.
       displacement: Å, of finite differences.
       threshold: THz; a mode is unstable below minus this.
       amplitudes: Å, of the first walk along a mode, in both directions.
@@ -80,6 +81,7 @@ class Protocol:
     """
 
     min_length: float = 8.0
+    most_atoms: int = 1000
     displacement: float = 0.01
     threshold: float = 0.1
     amplitudes: Sequence[float] = tuple(0.05 * i for i in range(1, 13))
@@ -177,6 +179,9 @@ def walked(candidate: Candidate, atoms: ase.Atoms, protocol: Protocol) -> Walked
     if not atoms.pbc.all():
         found.flags.append("modes of a crystal need three periodic directions")
         return found
+    if reason := unfit(atoms, protocol.symprec):
+        found.flags.append(reason)
+        return found
     parent = _relaxed_parent(candidate, atoms, protocol)
     if parent.flag is not None:
         found.flags.append(f"the parent: {parent.flag}")
@@ -184,6 +189,10 @@ def walked(candidate: Candidate, atoms: ase.Atoms, protocol: Protocol) -> Walked
     if parent.energy is None:
         return found
     repeat = repeats(parent.atoms, protocol.min_length)
+    size = int(np.prod(repeat)) * len(parent.atoms)
+    if size > protocol.most_atoms:
+        found.flags.append(f"the supercell would hold {size} atoms; lower min_length")
+        return found
     modes = spectrum(
         candidate,
         parent.atoms,

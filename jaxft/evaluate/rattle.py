@@ -24,12 +24,15 @@ from jaxft.evaluate.candidate import Candidate, Flag
 from jaxft.evaluate.finding import Finding, Row, Value
 from jaxft.evaluate.relaxation import Relaxed, relax
 from jaxft.evaluate.softmodes import repeats
+from jaxft.evaluate.spacegroups import unfit
 
 MILLI = 1e3
 POOL = 8
 """Trials per frame that is wanted, in every round."""
 ROUNDS = 8
 """Of trials, until every energy is found."""
+SYMPREC = 0.01
+"""Å, of the symmetry that is kept while a parent is relaxed."""
 PREFIX = "rattle_"
 """Of what is written into ``info``: no name that a label has anywhere."""
 
@@ -142,12 +145,15 @@ def rattle(
     _check(structures, frames, ranges)
     found: list[ase.Atoms] = []
     rows = []
-    starts = [_symmetric(atoms) for atoms in structures.values()]
-    parents = relax(candidate, starts, fmax=fmax, steps=steps, optimizer="LBFGS")
-    for name, parent in zip(structures, parents, strict=True):
-        parent.atoms.set_constraint()
+    wrong = {name: _unfit(atoms) for name, atoms in structures.items()}
+    starts = [_symmetric(atoms) for name, atoms in structures.items() if not wrong[name]]
+    parents = iter(relax(candidate, starts, fmax=fmax, steps=steps, optimizer="LBFGS"))
+    for name, reason in wrong.items():
+        if reason:
+            rows.append(Row(candidate.name, name, {"frames": 0}, reason))
+            continue
         draws = np.random.default_rng([seed, *name.encode()])
-        chosen, row = _of_one(candidate, name, parent, frames, ranges, draws)
+        chosen, row = _of_one(candidate, name, next(parents), frames, ranges, draws)
         for atoms in chosen:
             atoms.info |= {f"{PREFIX}model": candidate.name, f"{PREFIX}seed": seed}
         found += chosen
@@ -169,11 +175,22 @@ def _check(structures: Mapping[str, ase.Atoms], frames: int, ranges: Ranges) -> 
         )
 
 
+def _unfit(atoms: ase.Atoms) -> str | None:
+    """Why nothing can be made of a structure."""
+    if reason := unfit(atoms, SYMPREC):
+        return reason
+    try:
+        repeats(atoms, 1.0)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _symmetric(atoms: ase.Atoms) -> ase.Atoms:
     """To be relaxed under its symmetry: an unstable phase is a parent too."""
     start = atoms.copy()
     start.calc = None
-    start.set_constraint(FixSymmetry(start) if start.pbc.all() else None)
+    start.set_constraint(FixSymmetry(start, symprec=SYMPREC) if start.pbc.all() else None)
     return start
 
 
@@ -188,6 +205,7 @@ def _of_one(
     if parent.energy is None or parent.flag is not None:
         return [], Row(candidate.name, name, {"frames": 0}, f"not relaxed: {parent.flag}")
     zero = parent.energy / len(parent.atoms)
+    parent.atoms.set_constraint()
     parent.atoms.calc = None
     supercell = parent.atoms.repeat(repeats(parent.atoms, ranges.min_length))
     trials: list[Trial] = []

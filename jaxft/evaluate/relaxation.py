@@ -34,10 +34,10 @@ class Relaxed:
     """Where a relaxation ended."""
 
     atoms: ase.Atoms
-    """With the results of the last step, if there was one."""
+    """With its results, or without a calculator where there are none."""
     steps: int
     fmax: float | None
-    """eV/Å, the largest of forces and cell gradient per atom; None if never computed."""
+    """eV/Å, the largest of forces and cell gradient per atom; None without a result there."""
     flag: str | None
     """Why it is not converged."""
 
@@ -113,7 +113,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.atoms = self.start.copy()
         self.cell = self.cell and bool(self.atoms.pbc.all())
-        target = self.atoms
+        target: Any = self.atoms
         if self.cell:
             target = FrechetCellFilter(self.atoms, scalar_pressure=self.pressure)
         self._inner = OPTIMIZERS[self.optimizer](target, logfile=None)
@@ -121,6 +121,7 @@ class _Job:
     def advance(self, outcome: Outcome, fmax: float, steps: int, stop: StopFn | None) -> None:
         """Take the results of where it is; move, unless it is done."""
         if isinstance(outcome, Flag):
+            self.atoms.calc, self.fmax = None, None
             return self._end(f"{outcome.reason} (after {self.steps} steps)")
         self.atoms.calc = SinglePointCalculator(self.atoms, **ase_results(outcome))
         if self.cell and outcome.stress is None:

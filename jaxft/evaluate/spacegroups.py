@@ -6,6 +6,10 @@ import functools
 from typing import Any, NamedTuple
 
 import ase
+import numpy as np
+
+DENSEST = 0.5
+"""Å³/atom; below this a cell is a mistake."""
 
 
 class SpaceGroup(NamedTuple):
@@ -21,8 +25,27 @@ class SpaceGroup(NamedTuple):
 def space_group(atoms: ase.Atoms, symprec: float) -> SpaceGroup | None:
     """Of a crystal within ``symprec`` Å; None where spglib finds none."""
     cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-    found = _spglib().get_symmetry_dataset(cell, symprec=symprec)
+    spglib = _spglib()
+    try:
+        found = spglib.get_symmetry_dataset(cell, symprec=symprec)
+    except spglib.SpglibError:  # older versions answer None
+        return None
     return None if found is None else named_group(int(found.number))
+
+
+def unfit(atoms: ase.Atoms, symprec: float) -> str | None:
+    """Why a structure's symmetry cannot be kept or looked for; None where it can."""
+    if not len(atoms):
+        return "there are no atoms"
+    if not np.isfinite(atoms.positions).all() or not np.isfinite(atoms.cell.array).all():
+        return "positions or cell are not finite"
+    if not atoms.pbc.all():
+        return None
+    if atoms.get_volume() < len(atoms) * DENSEST:
+        return f"{atoms.get_volume() / len(atoms):.2g} Å³/atom is no volume of a crystal"
+    if space_group(atoms, symprec) is None:
+        return "spglib finds no symmetry; are atoms on top of one another?"
+    return None
 
 
 def named_group(name: str | int) -> SpaceGroup:
