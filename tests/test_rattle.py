@@ -22,7 +22,7 @@ def stretched(a=3.8):
 
 @pytest.fixture(scope="module")
 def made():
-    return rattle(BASE, {"copper": stretched()}, frames=10, ranges=RANGES, seed=3)
+    return rattle(BASE, {"copper": stretched()}, frames=6, ranges=RANGES, seed=3)
 
 
 def test_the_parent_is_relaxed_first(made):
@@ -32,7 +32,7 @@ def test_the_parent_is_relaxed_first(made):
     sizes = [f.get_volume() / f.info["rattle_volume"] / len(f) for f in frames]
     np.testing.assert_allclose(sizes, 3.59**3 / 4, rtol=3e-3)
     np.testing.assert_allclose(sizes, sizes[0], rtol=1e-9)
-    other, _ = rattle(BASE, {"copper": stretched(3.5)}, frames=10, ranges=RANGES, seed=3)
+    other, _ = rattle(BASE, {"copper": stretched(3.5)}, frames=6, ranges=RANGES, seed=3)
     a, b = other[0].get_volume(), frames[0].get_volume()
     np.testing.assert_allclose(a, b, rtol=2e-3)
 
@@ -74,12 +74,12 @@ def test_amplitudes_volumes_and_strains_are_those_drawn():
 def test_the_same_seed_gives_the_same_frames_whatever_else_is_made(made):
     frames, _ = made
     both = {"aluminium": ase.build.bulk("Al", "fcc", 4.0), "copper": stretched()}
-    again, finding = rattle(BASE, both, frames=10, ranges=RANGES, seed=3)
+    again, finding = rattle(BASE, both, frames=6, ranges=RANGES, seed=3)
     copper = [f for f in again if f.info["rattle_parent"] == "copper"]
     for a, b in zip(frames, copper, strict=True):
         np.testing.assert_array_equal(a.positions, b.positions)
     assert [row.subject for row in finding.rows] == ["aluminium", "copper"]
-    other, _ = rattle(BASE, {"copper": stretched()}, frames=10, ranges=RANGES, seed=4)
+    other, _ = rattle(BASE, {"copper": stretched()}, frames=6, ranges=RANGES, seed=4)
     assert not np.array_equal(other[0].positions, frames[0].positions)
 
 

@@ -166,9 +166,9 @@ class Drawn(Calculator):
 def toy():
     """Frames whose labels are one more draw like those of the members."""
     frames = []
-    for i in range(300):
+    for i in range(200):
         atoms = ase.Atoms("H4", np.eye(4, 3) + i)  # ASE looks at positions alone
-        atoms.info |= {"frame": i, "width": 0.1 * 10 ** (i / 300)}
+        atoms.info |= {"frame": i, "width": 0.1 * 10 ** (i / 200)}
         atoms.calc = Drawn(10**6)
         label = atoms.copy()
         label.info["REF_energy"] = atoms.get_potential_energy()
@@ -177,7 +177,7 @@ def toy():
     return frames
 
 
-def drawn(factor=1.0, count=40):
+def drawn(factor=1.0, count=25):
     return [AseCandidate(str(i), Drawn(i, factor)) for i in range(count)]
 
 
@@ -222,7 +222,7 @@ def test_frames_without_labels_have_spreads_and_no_errors(toy):
 
 
 def test_ranked_frames_are_written_most_uncertain_first(toy, tmp_path):
-    some = toy[::30]
+    some = toy[::20]
     found = spreads(drawn(), some)
     some[0].calc = Drawn(0)
     path = tmp_path / "ranked.xyz"

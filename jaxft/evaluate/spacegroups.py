@@ -41,8 +41,9 @@ def unfit(atoms: ase.Atoms, symprec: float) -> str | None:
         return "positions or cell are not finite"
     if not atoms.pbc.all():
         return None
-    if atoms.get_volume() < len(atoms) * DENSEST:
-        return f"{atoms.get_volume() / len(atoms):.2g} Å³/atom is no volume of a crystal"
+    volume = abs(float(np.linalg.det(atoms.cell.array))) / len(atoms)
+    if volume < DENSEST:
+        return f"{volume:.2g} Å³/atom is no volume of a crystal"
     if space_group(atoms, symprec) is None:
         return "spglib finds no symmetry; are atoms on top of one another?"
     return None
