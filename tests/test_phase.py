@@ -163,6 +163,19 @@ def test_precision_and_recall_count_wrong_phases_against_both(cage):
     assert scores["stable"] == {"counted": 2, "precision": None, "recall": 0.0, "f1": 0.0}
 
 
+def test_a_phase_that_stays_is_neither_predicted_nor_expected(cage):
+    """What moves is one atom alone in its cage; what stays has no such atom."""
+    still = ase.Atoms("Pb", cell=[A] * 3, pbc=True)
+    finding = check(
+        [model()],
+        {"moves": cage, "still": still},
+        expected={"moves": 99, "still": 221},
+        protocol=FIXED,
+    )
+    assert [row.values.get("is_right") for row in finding.rows] == [False, True, None]
+    assert finding.rows[-1].values == {"counted": 2, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
 def test_another_model_is_a_reference(cage):
     finding = check([model("base"), model("tuned")], {"cage": cage}, against="base", protocol=FIXED)
     assert [row.subject for row in finding.rows if row.model == "base"] == ["cage"]
