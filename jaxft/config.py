@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from ase.data import atomic_numbers
@@ -26,6 +26,9 @@ from jaxft.strategies import Strategy
 
 MAX_BYTES = 1 << 20
 """Of a config file."""
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -265,16 +268,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
       ConfigError: the file is no YAML mapping, a key is unknown (the message names the closest
         one), or a value is not what is expected.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file; `jaxft init --preset lora > {path}` writes one.")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config is a small YAML file.")
-    document = _parse(path.read_text(errors="replace"), str(path))
-    if not isinstance(document, dict):
-        raise ConfigError(
-            f"{path} is no mapping of keys to values; see `jaxft init --preset lora`."
-        )
+    document = read_yaml(path, hint="`jaxft init --preset lora`")
     for override in overrides:
         _override(document, override)
     return validate(document, str(path))
@@ -282,10 +276,41 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def validate(document: dict[str, Any], source: str) -> Config:
     """A checked config from plain data; errors as :func:`load`."""
+    return checked(Config, document, source)
+
+
+def read_yaml(path: str | Path, *, hint: str) -> dict[str, Any]:
+    """The mapping in a small YAML file without tags, aliases and repeated keys.
+
+    Args:
+      path: of the file.
+      hint: what shows how such a file looks.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file; see {hint} for one.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config is a small YAML file.")
+    document = _parse(path.read_text(errors="replace"), str(path))
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} is no mapping of keys to values; see {hint}.")
+    return document
+
+
+def checked(model: type[Model], document: dict[str, Any], source: str) -> Model:
+    """Plain data as what ``model`` describes.
+
+    Raises:
+      ConfigError: a key is unknown (the message names the closest one), or a value is not what is
+        expected.
+    """
     try:
-        return Config.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item, model) for item in error.errors()]
         raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
@@ -338,22 +363,22 @@ def _override(document: dict[str, Any], override: str) -> None:
     node[name] = _parse(value, f"the value of {key!r}")
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, top: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if not where:
         return item["msg"].removeprefix("Value error, ")
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg']} (given: {item.get('input')!r:.80})"
-    known = _keys_at(item["loc"][:-1])
+    known = _keys_at(item["loc"][:-1], top)
     name = str(item["loc"][-1])
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{where}: unknown key {name!r}{hint} (known: {', '.join(known)})"
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
+def _keys_at(location: tuple[Any, ...], top: type[BaseModel]) -> list[str]:
     """The keys that a config knows at a place in it."""
-    model: Any = Config
+    model: Any = top
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             by_key = {f.alias or n: f.annotation for n, f in model.model_fields.items()}

@@ -1,16 +1,28 @@
 """The command ``jaxft``."""
 
-from jaxft.cli import checks, data, judge, models, phonons, statics, train  # each adds its commands
+from jaxft.cli import (  # each adds its commands
+    checks,
+    compare,
+    data,
+    judge,
+    models,
+    phonons,
+    physics,
+    statics,
+    train,
+)
 from jaxft.cli.shared import app, console
 
 __all__ = [
     "app",
     "checks",
+    "compare",
     "console",
     "data",
     "judge",
     "models",
     "phonons",
+    "physics",
     "statics",
     "train",
 ]

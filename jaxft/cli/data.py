@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jaxft.cli.shared import EXIT_INPUT, Json, command, console, data_app
+from jaxft.cli.shared import EXIT_INPUT, Dtype, Head, Json, command, console, data_app
 
 
 @data_app.command("check")
@@ -39,3 +39,59 @@ def check(
         console.print(found.render())
     if not found.is_ok:
         raise typer.Exit(EXIT_INPUT)
+
+
+@data_app.command("rattle")
+@command
+def rattle(
+    structures: Annotated[list[str], typer.Argument(metavar="[NAME=]STRUCTURE...")],
+    model: Annotated[Path, typer.Option(help="Bundle of the base model.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="NAME.xyz; with --format a new folder.")
+    ],
+    frames: Annotated[int, typer.Option(min=1, help="Of each structure.")] = 20,
+    amplitude: Annotated[
+        tuple[float, float], typer.Option(help="Å, range of the standard deviation.")
+    ] = (0.0, 0.15),
+    volume: Annotated[
+        tuple[float, float], typer.Option(help="Range, relative to the relaxed cell.")
+    ] = (0.96, 1.04),
+    strain: Annotated[float, typer.Option(help="Largest, at constant volume.")] = 0.01,
+    window: Annotated[
+        tuple[float, float],
+        typer.Option(help="eV/atom above the relaxed structure, filled uniformly."),
+    ] = (0.0, 0.05),
+    min_length: Annotated[float, typer.Option(help="Å, thickness of the supercell.")] = 10.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    code: Annotated[
+        str | None,
+        typer.Option("--format", help="vasp or espresso: a folder with an input per frame."),
+    ] = None,
+    fmax: Annotated[float, typer.Option(help="eV/Å, where relaxations end.")] = 0.005,
+    steps: Annotated[int, typer.Option(min=1, help="Of a relaxation, at most.")] = 500,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: that of the bundle.")] = None,
+    head: Head = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Rattled and strained supercells, relaxed first, even in energy: frames to be labelled."""
+    from jaxft.cli.candidates import candidates, show
+    from jaxft.cli.physics import named_structures
+    from jaxft.evaluate.handover import check_target, hand_over
+    from jaxft.evaluate.rattle import Ranges
+    from jaxft.evaluate.rattle import rattle as rattled
+
+    ranges = Ranges(amplitude, volume, strain, window, min_length)
+    parents = named_structures(structures)
+    check_target(output, code, parents.values())
+    (base,) = candidates([str(model)], dtype, head, batch_size)
+    found, finding = rattled(
+        base, parents, frames=frames, ranges=ranges, seed=seed, fmax=fmax, steps=steps
+    )
+    if found:
+        hand_over(output, found, code)
+    show(finding, as_json=as_json, save=None, report=None)
+    if not found:
+        raise ValueError("no frame was made, so nothing was written; see the flags.")
+    if not as_json:
+        console.print(f"wrote {output} ({len(found)} frames)", highlight=False)

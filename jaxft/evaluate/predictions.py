@@ -89,21 +89,42 @@ def predict_batch(
       blocks: evaluate it in so many parts, see :func:`jaxft.graph.in_blocks`.
     """
     dtype = jax.tree.leaves(params)[0].dtype.name
+    graph = packed_graph(dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks)
+    prediction = jax.device_get(_predict(_Alike(model), params, graph))
+    return frame_results(model.e0s, dataset, chosen, prediction)
+
+
+def packed_graph(
+    dataset: Dataset,
+    chosen: Sequence[int],
+    shape: Shape,
+    dtype: str,
+    *,
+    num_elements: int | None = None,
+    blocks: int = 1,
+) -> Graph:
+    """The graph of one batch; arguments as in :func:`predict_batch`."""
     graph = pack(dataset, chosen, shape, dtype).graph
     if blocks > 1:
         graph = in_blocks(graph, blocks, r_max=dataset.r_max, n_row=shape.n_row)
     spare = max((num_elements or 0) - len(dataset.elements), 0)
     elements = np.pad(dataset.elements, (0, spare), mode="edge")
-    graph = graph._replace(elements=jnp.asarray(elements))
-    prediction = jax.device_get(_predict(_Alike(model), params, graph))
+    return graph._replace(elements=jnp.asarray(elements))
+
+
+def frame_results(
+    e0s: np.ndarray, dataset: Dataset, chosen: Sequence[int], prediction: Prediction
+) -> list[FrameResult]:
+    """Results of the frames of a batch from its prediction (numpy) and isolated-atom energies
+    [heads, elements], which are added here."""
     results = []
     start = 0
     for g, index in enumerate(chosen):
         frame, species = dataset.frames[index], dataset.samples[index].species
         atoms = slice(start, start + len(species))
         start = atoms.stop
-        e0s = model.e0s[dataset.samples[index].head, dataset.elements[species]]
-        energies = np.asarray(prediction.node_energy[atoms], np.float64) + e0s
+        own = e0s[dataset.samples[index].head, dataset.elements[species]]
+        energies = np.asarray(prediction.node_energy[atoms], np.float64) + own
         stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
         forces = np.array(prediction.forces[atoms], np.float64)
         results.append(FrameResult(float(energies.sum()), energies, forces, stress))
@@ -152,16 +173,25 @@ def predict_frames(
         return []
     dataset = prepare(frames, model, head=head)
     results: dict[int, FrameResult] = {}
-    shape, batches = _plan(dataset, batch_size)
-    blocks = num_blocks(shape.n_row * dataset.row_width, shape.n_node, limit)
-    if blocks > 1:
-        shape = _divisible(dataset, batches, shape, blocks)
+    shape, batches, blocks = plan_batches(dataset, batch_size, limit)
     for chosen in batches:
         found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks)
         results.update(zip(chosen, found, strict=True))
         if progress is not None:
             progress(len(results), len(frames))
     return [results[i] for i in range(len(frames))]
+
+
+def plan_batches(
+    dataset: Dataset, batch_size: int, limit: int
+) -> tuple[Shape, list[list[int]], int]:
+    """The static shape of all batches, which frames share one, and in how many blocks of about
+    ``limit`` edge slots each is evaluated."""
+    shape, batches = _plan(dataset, batch_size)
+    blocks = num_blocks(shape.n_row * dataset.row_width, shape.n_node, limit)
+    if blocks > 1:
+        shape = _divisible(dataset, batches, shape, blocks)
+    return shape, batches, blocks
 
 
 def _plan(dataset: Dataset, batch_size: int) -> tuple[Shape, list[list[int]]]:
