@@ -1,0 +1,19 @@
+"""Molecular dynamics on the device, and what is measured of trajectories."""
+
+from jaxft.md.ensembles import Ensemble, bussi, ensemble_of, langevin, npt, nve, thermal
+from jaxft.md.simulation import Limits, Simulation
+from jaxft.md.trajectory import Ended, Trajectory
+
+__all__ = [
+    "Ended",
+    "Ensemble",
+    "Limits",
+    "Simulation",
+    "Trajectory",
+    "bussi",
+    "ensemble_of",
+    "langevin",
+    "npt",
+    "nve",
+    "thermal",
+]
