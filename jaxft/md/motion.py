@@ -59,8 +59,8 @@ class State(NamedTuple):
     """[G] int32, the step that could not be."""
     moved: Array
     """[G] bool, the next step leads out of the list."""
-    spilled: Array
-    """[] bool, the next step has edges without a place."""
+    n_row: Array
+    """[] int32, rows that the next step needs and the layout lacks; 0 is none."""
 
     @property
     def is_alive(self) -> Array:
@@ -87,11 +87,11 @@ def advance(
 ) -> State:
     """Go on until the step ``until``, or until a list, more room or the end of all is needed.
 
-    A step that cannot be taken changes nothing but ``moved`` or ``spilled``.
+    A step that cannot be taken changes nothing but ``moved`` or ``n_row``.
     """
 
     def is_going(state: State) -> Array:
-        waits = state.moved.any() | state.spilled
+        waits = state.moved.any() | (state.n_row > 0)
         return (state.step < until) & ~waits & state.is_alive.any()
 
     def body(state: State) -> State:
@@ -182,7 +182,7 @@ def _kicked(
     scale = jnp.exp(trial.strain)
     located = locate(pairs, trial.displacements, scale[of])
     graph = still.graph._replace(volume=still.graph.volume * scale**3)
-    graph, spilled = edge_rows(pairs, located, layout, graph, model.r_max)
+    graph, n_row = edge_rows(pairs, located, layout, graph, model.r_max)
     found = predict(model, params, graph)
     kick = 0.5 * knobs.timestep * found.forces / still.masses[:, None]
     velocities = trial.velocities + kick
@@ -208,10 +208,10 @@ def _kicked(
         jnp.where(state.is_alive, reason, state.reason),
         jnp.where(state.is_alive & (reason > 0), step, state.ended),
         state.moved,
-        state.spilled,
+        state.n_row,
     )
-    stays = state._replace(spilled=jnp.asarray(True))
-    return jax.tree.map(lambda a, b: jnp.where(spilled, a, b), stays, new)
+    stays = state._replace(n_row=n_row)
+    return jax.tree.map(lambda a, b: jnp.where(n_row > layout.n_row, a, b), stays, new)
 
 
 def _of_atoms(goes_on: Array, of: Array, new: Array, old: Array) -> Array:

@@ -106,7 +106,8 @@ def locate(pairs: Pairs, displacements: Array, scale: Array) -> Located:
 def edge_rows(
     pairs: Pairs, located: Located, layout: Layout, graph: Graph, r_max: float
 ) -> tuple[Graph, Array]:
-    """The graph with the edges among the pairs, and whether some found no place.
+    """The graph with the edges among the pairs, and the rows that they need [] int32: if these are
+    more than ``layout`` has, the graph is not to be used.
 
     Args:
       pairs: candidates.
@@ -146,4 +147,4 @@ def edge_rows(
         receivers=receivers.reshape(-1).astype(jnp.int32),
         blocks=Blocks(blocks),
     )
-    return laid, (ends[:, -1] > n_row // blocks).any()
+    return laid, blocks * ends[:, -1].max().astype(jnp.int32)

@@ -199,7 +199,7 @@ class Simulation:
             reason,
             np.zeros(n_graph, np.int32),
             np.zeros(n_graph, bool),
-            np.asarray(False),
+            np.int32(0),
         )
 
     def run(
@@ -304,21 +304,20 @@ class Simulation:
                 self._state,
                 np.int32(target),
             )
-            step, moved, spilled, reason, ended = jax.device_get(
+            step, moved, lacking, reason, ended = jax.device_get(
                 (
                     self._state.step,
                     self._state.moved,
-                    self._state.spilled,
+                    self._state.n_row,
                     self._state.reason,
                     self._state.ended,
                 )
             )
             self._note(reason, ended)
-            if spilled:
-                blocks = self._layout.blocks
-                n_row = _roomy(self._layout.n_row, GROWTH, blocks)
+            if lacking:
+                n_row = _roomy(int(lacking), GROWTH, self._layout.blocks)
                 self._layout = self._layout._replace(n_row=n_row)
-                self._state = self._state._replace(spilled=np.asarray(False))
+                self._state = self._state._replace(n_row=np.int32(0))
                 self._keep_shape()
             elif moved.any():
                 is_fresh = int(step) == self._listed_at

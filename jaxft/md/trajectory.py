@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,10 +145,23 @@ class Recorder:
 
     def trajectory(self, ended: Ended | None, steps: int) -> Trajectory:
         """Of all frames so far."""
-        if self.frames:
-            columns = [np.array(column) for column in zip(*self.frames, strict=True)]
-        else:
-            n = len(self.start)
-            shapes: Sequence[tuple[int, ...]] = ((0,), (0, n, 3), (0, n, 3), (0, 3, 3))
-            columns = [np.zeros(shape) for shape in (*shapes, *[(0,)] * 4)]
-        return Trajectory(self.start, *columns, ended=ended, steps=steps)
+        n = len(self.start)
+        shapes = ((), (n, 3), (n, 3), (3, 3), (), (), (), ())
+        columns = [
+            np.array([frame[k] for frame in self.frames]).reshape(-1, *shape)
+            for k, shape in enumerate(shapes)
+        ]
+        times, positions, velocities, cells, potential, kinetic, temperature, pressure = columns
+        return Trajectory(
+            self.start,
+            times,
+            positions,
+            velocities,
+            cells,
+            potential,
+            kinetic,
+            temperature,
+            pressure,
+            ended,
+            steps,
+        )
