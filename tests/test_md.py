@@ -12,7 +12,7 @@ from pair_potential import ARGON, LennardJones, Springs
 
 from jaxft import md
 from jaxft.calculator import JaxftCalculator
-from jaxft.md import simulation as simulation_module
+from jaxft.md import placement
 from jaxft.md.drift import drift
 
 MODEL = LennardJones()
@@ -153,7 +153,7 @@ def test_two_runs_are_one_run_in_two_parts():
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_edges_without_a_place_make_room_instead_of_vanishing(monkeypatch, blocks):
-    monkeypatch.setattr(simulation_module, "num_blocks", lambda *_: blocks)
+    monkeypatch.setattr(placement, "num_blocks", lambda *_: blocks)
     options = {"timestep": 4.0, "steps": 20, "interval": 10}
     roomy = md.Simulation(MODEL, PARAMS, [crystal()])
     (expected,) = roomy.run(md.nve(), **options)

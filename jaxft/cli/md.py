@@ -61,7 +61,7 @@ def evaluate_md(
     from jaxft.display import Display
     from jaxft.evaluate.md import md
     from jaxft.evaluate.mdruns import Plan
-    from jaxft.md.simulation import Limits
+    from jaxft.md.limits import Limits
 
     check_outputs(save, report, trajectories)
     plan = Plan(

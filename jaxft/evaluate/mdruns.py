@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxft.evaluate.candidate import Candidate, JaxCandidate
 from jaxft.md.ensembles import Ensemble, bussi, ensemble_of, thermal
+from jaxft.md.limits import Limits
 from jaxft.md.serial import run_serial
-from jaxft.md.simulation import Limits, Simulation
+from jaxft.md.simulation import Simulation
 from jaxft.md.trajectory import Recorder, Trajectory
 
 

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 
 from jaxft.graph import Graph, sum_atoms
 from jaxft.md.ensembles import Knobs
+from jaxft.md.limits import NOT_FINITE, TOO_CLOSE, TOO_HOT
 from jaxft.md.pairs import Layout, Pairs, edge_rows, locate
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, Params
-
-NOT_FINITE, TOO_HOT, TOO_CLOSE = 1, 2, 3
-"""Why the device ends a replica; 0 is none."""
 
 OF_KINETIC, OF_VOLUME = 0xFFFFFFFF, 0xFFFFFFFE
 """Fold into a replica's key of the step where atoms fold their rank."""

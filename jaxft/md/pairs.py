@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,14 +78,7 @@ def padded(edges: Edges, capacity: int, *, n_node: int, reach: float, dtype: str
     senders = np.full(capacity, n_node - 1, np.int32)
     receivers = senders.copy()
     vectors[:n], senders[:n], receivers[:n] = edges.vectors, edges.senders, edges.receivers
-    return Pairs(vectors, senders, receivers)
-
-
-def rows_needed(receivers: np.ndarray, n_node: int, layout: Layout) -> int:
-    """Rows, of all blocks together, so that edges with these receivers fit."""
-    degree = np.bincount(receivers, minlength=n_node)
-    rows = -(-degree // layout.row_width)
-    return layout.blocks * int(rows.reshape(layout.blocks, -1).sum(1).max())
+    return jax.device_put(Pairs(vectors, senders, receivers))
 
 
 class Located(NamedTuple):

@@ -13,9 +13,8 @@ from ase.data import covalent_radii
 from ase.stress import voigt_6_to_full_3x3_stress
 from matscipy.neighbours import neighbour_list
 
-from jaxft.md import motion
 from jaxft.md.ensembles import Ensemble
-from jaxft.md.simulation import Limits
+from jaxft.md.limits import NOT_FINITE, TOO_CLOSE, TOO_HOT, Limits
 from jaxft.md.trajectory import Ended, Recorder, Trajectory
 
 
@@ -89,14 +88,14 @@ def _unsound(atoms: ase.Atoms, limits: Limits, degrees: int) -> str | None:
     kinetic = atoms.get_kinetic_energy()
     forces = atoms.get_forces(md=True)
     if not np.isfinite(kinetic + atoms.get_potential_energy() + forces.sum()):
-        return limits.describe(motion.NOT_FINITE)
+        return limits.describe(NOT_FINITE)
     if 2 * kinetic > max(degrees, 1) * limits.temperature * units.kB:
-        return limits.describe(motion.TOO_HOT)
+        return limits.describe(TOO_HOT)
     radii = limits.distance * covalent_radii[atoms.numbers]
     if limits.distance > 0:
         i, j, d = neighbour_list("ijd", atoms, cutoff=float(2 * radii.max()))
         if (d < radii[i] + radii[j]).any():
-            return limits.describe(motion.TOO_CLOSE)
+            return limits.describe(TOO_CLOSE)
     return None
 
 

@@ -8,61 +8,25 @@ program is compiled anew. Nothing is ever dropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import ase
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ase.data import covalent_radii
 
-from jaxft.data import Dataset, Frame, Shape, pack, prepare, unlabelled
-from jaxft.data.neighbours import Edges, neighbours
+from jaxft.data import Frame, prepare, unlabelled
+from jaxft.data.neighbours import Edges
 from jaxft.evaluate.predictions import cast, working_dtype
-from jaxft.graph import Graph, edges_per_block, num_blocks
 from jaxft.md import motion
 from jaxft.md.ensembles import Ensemble, Knobs, knobs, nve
-from jaxft.md.motion import State, Still
-from jaxft.md.pairs import Layout, Pairs, candidates_of, join, padded, rows_needed
+from jaxft.md.limits import HOST, Limits
+from jaxft.md.pairs import Layout, Pairs, candidates_of, join, padded
+from jaxft.md.placement import HEADROOM, place, roomy
 from jaxft.md.trajectory import Ended, Recorder, Trajectory
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
-HEADROOM = 1.08
-"""Free room in a static shape when a list is made."""
-
 GROWTH = 1.25
 """Factor of a capacity that did not suffice."""
-
-HOST, PADDING = 98, 99
-"""Reasons in the state of replicas that the host ended, and of the graph that is none."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Beyond them a replica has exploded or collapsed."""
-
-    temperature: float = 1e4
-    """K; the criterion of MLIPAudit."""
-    distance: float = 0.5
-    """Least distance of two atoms, in units of the sum of their covalent radii."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0 or not self.distance >= 0:
-            raise ValueError(
-                f"limits of {self.temperature} K and {self.distance} covalent radii are not "
-                "possible; use positive ones (a distance of 0 is none)."
-            )
-
-    def describe(self, reason: int) -> str:
-        """A reason of the device in words."""
-        return {
-            motion.NOT_FINITE: "energy or forces are not finite",
-            motion.TOO_HOT: f"hotter than {self.temperature:g} K",
-            motion.TOO_CLOSE: (
-                f"two atoms closer than {self.distance:g} of the sum of their covalent radii"
-            ),
-        }[reason]
 
 
 class Simulation:
@@ -118,7 +82,18 @@ class Simulation:
         self._who = [i for i, frame in enumerate(frames) if frame is not None]
         self._frames = [frame for frame in frames if frame is not None]
         if self._frames:
-            self._place(seeds)
+            placed = place(
+                model,
+                [self.structures[i] for i in self._who],
+                self._frames,
+                head=self.head,
+                dtype=self.dtype,
+                closest=self.limits.distance,
+                seeds=[seeds[i] for i in self._who],
+            )
+            self._layout, self._still, self._state, self._starts, self._e0 = placed
+            self._capacity, self._listed_at = 0, -1
+            self._pairs = self._listed()
 
     @property
     def compilations(self) -> int:
@@ -136,71 +111,6 @@ class Simulation:
             self.ended[index] = Ended(0.0, str(error).splitlines()[0])
             return None
         return frame
-
-    def _place(self, seeds: Sequence[int]) -> None:
-        """Lay the replicas out as one graph, and measure the room that they need."""
-        dataset = prepare(self._frames, self.model, head=self.head)
-        width = dataset.row_width
-        counts = [len(frame) for frame in self._frames]
-        n_row = max(int(dataset.rows.sum()), 1)
-        blocks = num_blocks(int(HEADROOM * n_row) * width, sum(counts), edges_per_block(None))
-        n_node = blocks * -(-(sum(counts) + 1) // blocks)
-        self._starts = np.cumsum([0, *counts])[:-1]
-        receivers = [neighbours(f, self.model.r_max).receivers for f in self._frames]
-        every = np.concatenate([r + s for r, s in zip(receivers, self._starts, strict=True)])
-        layout = Layout(width, 0, blocks)
-        self._layout = layout._replace(
-            n_row=_roomy(rows_needed(every, n_node, layout), HEADROOM, blocks)
-        )
-        self._capacity = 0
-        shape = Shape(n_node=n_node, n_row=n_row, n_graph=len(counts) + 1)
-        self._still = self._fixed(dataset, shape, [seeds[i] for i in self._who])
-        numbers = np.concatenate([frame.atomic_numbers for frame in self._frames])
-        of = np.repeat(np.arange(len(counts)), counts)
-        rows = dataset.elements[self._still.graph.species[: len(numbers)]]
-        e0s = self.model.e0s[self.model.head_index(self.head), rows]
-        self._e0 = np.bincount(of, e0s, minlength=len(counts))
-        self._state = self._at_rest(counts, n_node)
-        self._pairs = self._listed()
-        self._listed_at = -1
-
-    def _fixed(self, dataset: Dataset, shape: Shape, seeds: Sequence[int]) -> Still:
-        graph: Graph = pack(dataset, range(len(dataset)), shape, self.dtype).graph
-        atoms = [self.structures[i] for i in self._who]
-        spare = shape.n_node - sum(len(a) for a in atoms)
-        masses = np.concatenate([a.get_masses() for a in atoms])
-        radii = covalent_radii[np.concatenate([a.numbers for a in atoms])]
-        return Still(
-            graph._replace(vectors=None, senders=None, receivers=None),
-            np.pad(masses, (0, spare), constant_values=1.0).astype(self.dtype),
-            np.pad(self.limits.distance * radii, (0, spare)).astype(self.dtype),
-            jax.vmap(jax.random.key)(jnp.array([*seeds, 0], jnp.uint32)),
-            np.concatenate([np.arange(len(a)) for a in atoms] + [np.arange(spare)]).astype(
-                np.int32
-            ),
-        )
-
-    def _at_rest(self, counts: Sequence[int], n_node: int) -> State:
-        """Before the first evaluation, at step -1, with the velocities of the structures."""
-        n_graph = len(counts) + 1
-        velocities = np.zeros((n_node, 3), self.dtype)
-        for start, i in zip(self._starts, self._who, strict=True):
-            atoms = self.structures[i]
-            velocities[start : start + len(atoms)] = atoms.get_velocities()
-        reason = np.array([0] * len(counts) + [PADDING], np.int32)
-        return State(
-            np.int32(-1),
-            np.zeros((n_node, 3), self.dtype),
-            velocities,
-            np.zeros(n_graph, self.dtype),
-            np.zeros((n_node, 3), self.dtype),
-            np.zeros(n_node, self.dtype),
-            np.zeros((n_graph, 3, 3), self.dtype),
-            reason,
-            np.zeros(n_graph, np.int32),
-            np.zeros(n_graph, bool),
-            np.int32(0),
-        )
 
     def run(
         self,
@@ -315,7 +225,7 @@ class Simulation:
             )
             self._note(reason, ended)
             if lacking:
-                n_row = _roomy(int(lacking), GROWTH, self._layout.blocks)
+                n_row = roomy(int(lacking), GROWTH, self._layout.blocks)
                 self._layout = self._layout._replace(n_row=n_row)
                 self._state = self._state._replace(n_row=np.int32(0))
                 self._keep_shape()
@@ -374,7 +284,7 @@ class Simulation:
         edges = join(found, self._starts.tolist())
         n_pair = len(edges.senders)
         if n_pair > self._capacity:
-            self._capacity = _roomy(n_pair, GROWTH if self._capacity else HEADROOM)
+            self._capacity = roomy(n_pair, GROWTH if self._capacity else HEADROOM)
             self._keep_shape()
         n_node = len(self._still.masses)
         return padded(edges, self._capacity, n_node=n_node, reach=reach, dtype=self.dtype)
@@ -418,8 +328,3 @@ class Simulation:
                 float(np.asarray(energies[atoms], np.float64).sum() + self._e0[g]),
                 np.asarray(stress[g], np.float64) if self._frames[g].is_periodic else None,
             )
-
-
-def _roomy(count: float, factor: float, blocks: int = 1) -> int:
-    """With room to spare, up to a multiple of 8 in every block."""
-    return blocks * max(int(-(-(factor * count / blocks) // 8)) * 8, 8)
