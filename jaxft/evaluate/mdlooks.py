@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ase
 import numpy as np
+from ase.data import atomic_numbers
 
 from jaxft.evaluate.finding import Line, Picture
 from jaxft.evaluate.mdruns import Plan
@@ -52,6 +53,9 @@ def look_at(
     coefficient = vibrations = None
     try:
         coefficient = diffusion(moved, interval)
+    except ValueError as error:
+        missing.append(str(error).splitlines()[0])
+    try:
         vibrations = spectrum([t.velocities for t in whole], interval)
     except ValueError as error:
         missing.append(str(error).splitlines()[0])
@@ -75,7 +79,7 @@ def _displaced(trajectory: Trajectory, element: str | None) -> np.ndarray:
     positions = without_drift(trajectory.unstrained(), trajectory.start.get_masses())
     if element is None:
         return positions
-    return positions[:, trajectory.start.symbols == element]
+    return positions[:, trajectory.start.numbers == atomic_numbers[element]]
 
 
 def _pairs(
