@@ -181,7 +181,7 @@ def test_jax_md_sees_the_energies_and_forces_of_the_calculator(small):
     from jaxft.integrations.jaxmd import isolated_atom_energy, neighbor_list_energy
 
     model, params = small
-    atoms = ase.build.bulk("NaCl", "rocksalt", 5.6, cubic=True) * 3
+    atoms = ase.build.bulk("NaCl", "rocksalt", 5.6, cubic=True) * 2
     atoms.rattle(0.1, seed=0)
     edges = jnp.asarray(atoms.cell.lengths())
     displacement, _ = space.periodic(edges)

@@ -295,25 +295,25 @@ def test_the_volume_of_an_ideal_gas_is_distributed_as_it_must():
     n, kelvin = 8, 300.0
     pressure = n * units.kB * kelvin / 15.0**3 / units.GPa
     ensemble = md.npt(kelvin, pressure, tau=20.0, tau_pressure=50.0, compressibility=1 / pressure)
-    starts = [gas(n=n, seed=i) for i in range(64)]
+    starts = [gas(n=n, seed=i) for i in range(48)]
     simulation = md.Simulation(MODEL, FREE, starts, limits=ANYWAY, skin=8.0)
-    found = simulation.run(ensemble, timestep=2.0, steps=2000, interval=50)
+    found = simulation.run(ensemble, timestep=2.0, steps=1500, interval=50)
     volumes = np.concatenate([np.linalg.det(t.cells[8:]) for t in found]) / 15.0**3
-    assert volumes.mean() == pytest.approx(1.0, abs=0.04)
-    assert volumes.std() == pytest.approx(np.sqrt(1 / n), rel=0.08)
+    assert volumes.mean() == pytest.approx(1.0, abs=0.05)
+    assert volumes.std() == pytest.approx(np.sqrt(1 / n), rel=0.1)
     measured = np.concatenate([t.pressure[8:] for t in found])
     assert measured.mean() == pytest.approx(pressure, rel=0.08)
 
 
 def test_constant_pressure_reaches_the_pressure_that_was_asked_for():
     simulation = md.Simulation(MODEL, PARAMS, [crystal(kelvin=20.0)], limits=ANYWAY)
-    ensemble = md.npt(20.0, 0.5, tau_pressure=300.0, compressibility=0.3)
-    (found,) = simulation.run(ensemble, timestep=4.0, steps=1500, interval=10)
+    ensemble = md.npt(20.0, 0.5, tau_pressure=200.0, compressibility=0.3)
+    (found,) = simulation.run(ensemble, timestep=4.0, steps=1000, interval=10)
     half = len(found) // 2
     assert found.pressure[0] < 0.05
     assert found.pressure[half:].mean() == pytest.approx(0.5, abs=0.03)
-    frames = [found.atoms(i) for i in range(len(found))]
-    np.testing.assert_allclose(found.potential, energies_of(frames), atol=1e-9)
+    frames = [found.atoms(i) for i in range(0, len(found), 10)]
+    np.testing.assert_allclose(found.potential[::10], energies_of(frames), atol=1e-9)
 
 
 # --- trajectories ------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from jaxft.md.pairs import Layout, Pairs, edge_rows, locate
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, Params
 
-OF_KINETIC, OF_VOLUME = 0xFFFFFFFF, 0xFFFFFFFE
-"""Fold into a replica's key of the step where atoms fold their rank."""
+OF_VOLUME = 0xFFFFFFFF
+"""Folded into a replica's key of the step where atoms fold their rank."""
 
 
 class Still(NamedTuple):
@@ -137,18 +137,18 @@ def _thermostat(still: Still, knobs: Knobs, keys: Array, velocities: Array) -> A
     width = width[of, None] / jnp.sqrt(still.masses)[:, None]
     velocities = kept[of, None] * velocities + width * random
 
-    # Bussi: exact for the kinetic energy, eq. A7
-    def pair(key: Array, degrees: Array) -> tuple[Array, Array]:
-        one, rest = jax.random.split(jax.random.fold_in(key, OF_KINETIC))
-        shape = jnp.maximum(0.5 * (degrees - 1), 0.5)
-        return jax.random.normal(one, (), dtype), 2 * jax.random.gamma(rest, shape, (), dtype)
-
+    # Bussi: exact for the kinetic energy, eq. A7. R1 is the noise along the velocities, and the sum
+    # of all squares is that of the noise without the centre of mass, both in mass-weighted axes.
     kept = jnp.exp(-knobs.rescaling * knobs.timestep)
-    one, rest = jax.vmap(pair)(keys, knobs.degrees)
+    root = jnp.sqrt(still.masses)[:, None]
+    weight = sum_atoms(root**2, still.graph)
+    centre = sum_atoms(root * random, still.graph) / jnp.sqrt(weight)
+    is_held = knobs.degrees < 3 * sum_atoms(jnp.ones_like(still.masses), still.graph)
+    squares = sum_atoms((random**2).sum(1), still.graph) - is_held * (centre**2).sum(1)
     found = jnp.maximum(kinetic_energy(velocities, still), jnp.finfo(dtype).tiny ** 0.5)
+    along = sum_atoms((root * velocities * random).sum(1), still.graph) / jnp.sqrt(2 * found)
     share = 0.5 * knobs.temperature / found
-    square = kept + (1 - kept) * share * (one**2 + rest)
-    square = square + 2 * jnp.sqrt(kept * (1 - kept) * share) * one
+    square = kept + (1 - kept) * share * squares + 2 * jnp.sqrt(kept * (1 - kept) * share) * along
     return velocities * jnp.sqrt(jnp.maximum(square, 0.0))[of, None]
 
 
