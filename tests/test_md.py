@@ -39,6 +39,11 @@ def gas(n=8, edge=15.0, seed=0, kelvin=300.0):
     return md.thermal(atoms, kelvin, seed=seed)
 
 
+def gases():
+    """Many, for statistics; all tests share their shape."""
+    return [gas(n=4, seed=i) for i in range(48)]
+
+
 FREE = PARAMS | {"epsilon": jnp.asarray(0.0)}
 """An ideal gas."""
 
@@ -58,7 +63,8 @@ def energies_of(frames):
 
 
 def test_it_follows_ase_for_a_hundred_steps_through_many_lists(tiny):
-    """Velocity Verlet of a hot crystal whose lists wear out: the same trajectory to rounding."""
+    """Velocity Verlet of a hot crystal whose lists wear out, and whose cell holds images of a
+    neighbour several times: the same trajectory to rounding."""
     model, params = tiny
     start = ase.build.bulk("NaCl", "rocksalt", 5.6, cubic=True)
     start.rattle(0.05, seed=1)
@@ -84,7 +90,7 @@ def test_energy_is_conserved_to_second_order_of_the_time_step():
     runs = []
     for timestep in (8.0, 4.0):
         simulation = md.Simulation(MODEL, PARAMS, [crystal()])
-        steps = round(4000 / timestep)
+        steps = round(2000 / timestep)
         (found,) = simulation.run(md.nve(), timestep=timestep, steps=steps, interval=5)
         assert found.ended is None
         runs.append(drift(found))
@@ -151,27 +157,19 @@ def test_two_runs_are_one_run_in_two_parts():
 # --- capacity ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_edges_without_a_place_make_room_instead_of_vanishing(monkeypatch, blocks):
-    monkeypatch.setattr(placement, "num_blocks", lambda *_: blocks)
+def test_edges_without_a_place_make_room_instead_of_vanishing(monkeypatch):
+    """In blocks, whose rows do not share room."""
+    monkeypatch.setattr(placement, "num_blocks", lambda *_: 3)
     options = {"timestep": 4.0, "steps": 20, "interval": 10}
     roomy = md.Simulation(MODEL, PARAMS, [crystal()])
     (expected,) = roomy.run(md.nve(), **options)
     assert roomy.compilations == 1
     tight = md.Simulation(MODEL, PARAMS, [crystal()])
-    tight._layout = tight._layout._replace(n_row=blocks * 8)
+    tight._layout = tight._layout._replace(n_row=3 * 8)
     (found,) = tight.run(md.nve(), **options)
     assert tight.compilations > 1
-    assert tight._layout.n_row % blocks == 0
+    assert tight._layout.n_row % 3 == 0
     np.testing.assert_allclose(found.total, expected.total, atol=1e-10)
-
-
-def test_a_cell_smaller_than_the_cutoff_sees_all_images():
-    primitive = ase.build.bulk("Ar", "fcc", 5.4)
-    simulation = md.Simulation(MODEL, PARAMS, [primitive])
-    (found,) = simulation.run(md.nve(), timestep=1.0, steps=1)
-    frames = [found.atoms(0)]
-    np.testing.assert_allclose(found.potential[:1], energies_of(frames), atol=1e-12)
 
 
 # --- failures ----------------------------------------------------------------------------------
@@ -255,7 +253,7 @@ def test_impossible_ensembles_are_refused(make):
 @pytest.mark.parametrize("thermostat", [md.langevin, md.bussi])
 def test_kinetic_energies_are_distributed_as_boltzmann_says(thermostat):
     """Of an ideal gas: the mean is kT/2 per degree of freedom, the variance 2 T²/degrees."""
-    starts = [gas(n=4, seed=i, kelvin=600.0) for i in range(64)]
+    starts = [md.thermal(atoms, 600.0, seed=i) for i, atoms in enumerate(gases())]
     simulation = md.Simulation(MODEL, FREE, starts, limits=ANYWAY, skin=8.0)
     ensemble = thermostat(300.0, tau=10.0)
     found = simulation.run(ensemble, timestep=2.0, steps=1000, interval=20)
@@ -275,10 +273,10 @@ def test_langevin_samples_a_spring_exactly_at_a_large_time_step():
     start = ase.Atoms("Ar2", [[0, 0, 0], [0, 0, r0]])
     omega = np.sqrt(k / (start.get_masses()[0] / 2))
     timestep = 0.5 / omega / units.fs
-    starts = [md.thermal(start, kelvin, seed=i) for i in range(64)]
+    starts = [md.thermal(start, kelvin, seed=i) for i in range(48)]
     simulation = md.Simulation(Springs(), params, starts, limits=ANYWAY, skin=4.0)
     ensemble = md.langevin(kelvin, tau=2 * timestep)
-    found = simulation.run(ensemble, timestep=timestep, steps=2000, interval=10)
+    found = simulation.run(ensemble, timestep=timestep, steps=1000, interval=10)
     lengths = np.concatenate(
         [np.linalg.norm(t.positions[5:, 0] - t.positions[5:, 1], axis=1) for t in found]
     )
@@ -286,17 +284,16 @@ def test_langevin_samples_a_spring_exactly_at_a_large_time_step():
     weight = r**2 * np.exp(-0.5 * k * (r - r0) ** 2 / (units.kB * kelvin))
     mean = (weight * r).sum() / weight.sum()
     variance = (weight * (r - mean) ** 2).sum() / weight.sum()
-    assert lengths.var() == pytest.approx(variance, rel=0.03)
+    assert lengths.var() == pytest.approx(variance, rel=0.04)
     assert lengths.mean() == pytest.approx(mean, abs=4 * np.sqrt(variance / len(lengths) * 2))
 
 
 def test_the_volume_of_an_ideal_gas_is_distributed_as_it_must():
     """Its centre of mass rests, p(V) ~ V^(n-1) exp(-PV/kT): mean n kT/P, variance mean²/n."""
-    n, kelvin = 8, 300.0
+    n, kelvin = 4, 300.0
     pressure = n * units.kB * kelvin / 15.0**3 / units.GPa
     ensemble = md.npt(kelvin, pressure, tau=20.0, tau_pressure=50.0, compressibility=1 / pressure)
-    starts = [gas(n=n, seed=i) for i in range(48)]
-    simulation = md.Simulation(MODEL, FREE, starts, limits=ANYWAY, skin=8.0)
+    simulation = md.Simulation(MODEL, FREE, gases(), limits=ANYWAY, skin=8.0)
     found = simulation.run(ensemble, timestep=2.0, steps=1500, interval=50)
     volumes = np.concatenate([np.linalg.det(t.cells[8:]) for t in found]) / 15.0**3
     assert volumes.mean() == pytest.approx(1.0, abs=0.05)

@@ -71,11 +71,11 @@ def kinetic_energy(velocities: Array, still: Still) -> Array:
     return sum_atoms(0.5 * still.masses * (velocities * velocities).sum(1), still.graph)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def advance(
     model: Potential,
     layout: Layout,
-    skin: float,
+    skin: Array,
     params: Params,
     still: Still,
     pairs: Pairs,

@@ -206,7 +206,7 @@ class Simulation:
             self._state = motion.advance(
                 self.model,
                 self._layout,
-                self.skin,
+                np.asarray(self.skin, self.dtype),
                 self.params,
                 self._still,
                 self._pairs,
