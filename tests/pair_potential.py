@@ -35,6 +35,16 @@ class LennardJones:
 
 
 @dataclass(frozen=True, eq=False)
+class Abrupt(LennardJones):
+    """Without the last factor: a pair that is missed at the cutoff is seen in the energy."""
+
+    def pair(self, params, r):
+        sixth = (params["sigma"] / r) ** 6
+        pairs = 4 * params["epsilon"] * (params["repulsion"] * sixth**2 - sixth)
+        return jnp.where(r < self.r_max, pairs, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
 class Springs(LennardJones):
     """k/2 (r - r0)² within the cutoff."""
 
