@@ -104,6 +104,14 @@ def test_a_broken_model_is_a_flagged_row_and_the_report_intact(ours):
     assert [row.values["survived"] for row in found.rows] == [1, 0, 0, 0]
 
 
+def test_molecules_run_through_ase_too():
+    dimer = ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2.3]])
+    (row,) = evaluate_md([AseCandidate("emt", EMT())], [dimer], Plan(steps=300)).rows
+    assert row.flag is None
+    assert row.values["pressure"] is None
+    assert "rdf_error" not in row.values
+
+
 def test_a_structure_that_cannot_be_run_does_not_stop_the_others(ours):
     overlapping, foreign = crystal(), crystal()
     overlapping.positions[1] = overlapping.positions[0]

@@ -110,6 +110,18 @@ def test_lists_are_renewed_in_time():
     np.testing.assert_allclose(found.potential, energies_of(frames, 0), rtol=0, atol=1e-9)
 
 
+def test_no_pair_is_missed_that_comes_from_beyond_the_skin():
+    """Two atoms, just too far for the first list, fly at each other: the worst case of a skin."""
+    pair = ase.Atoms("Ar2", [[0, 0, 0], [0, 0, MODEL.r_max + 0.51]], cell=[40.0] * 3)
+    pair.set_velocities([[0, 0, 0.05], [0, 0, -0.05]])
+    simulation = md.Simulation(Abrupt(), PARAMS, [pair], skin=0.5)
+    (found,) = simulation.run(md.nve(), timestep=2.0, steps=40, interval=1)
+    lengths = np.linalg.norm(found.positions[:, 1] - found.positions[:, 0], axis=1)
+    assert lengths[-1] < MODEL.r_max
+    frames = [found.atoms(i) for i in range(len(found))]
+    np.testing.assert_allclose(found.potential, energies_of(frames, 0), rtol=0, atol=1e-9)
+
+
 def test_float32_loses_nothing_far_from_the_origin():
     near, far = crystal(), crystal()
     far.positions += 1e5  # float32 resolves 8e-3 Å there

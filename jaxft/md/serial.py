@@ -11,8 +11,9 @@ from ase import units
 from ase.calculators.calculator import Calculator
 from ase.data import covalent_radii
 from ase.stress import voigt_6_to_full_3x3_stress
-from matscipy.neighbours import neighbour_list
 
+from jaxft.data import unlabelled
+from jaxft.data.neighbours import neighbours
 from jaxft.md.ensembles import Ensemble
 from jaxft.md.limits import NOT_FINITE, TOO_CLOSE, TOO_HOT, Limits
 from jaxft.md.trajectory import Ended, Recorder, Trajectory
@@ -93,8 +94,9 @@ def _unsound(atoms: ase.Atoms, limits: Limits, degrees: int) -> str | None:
         return limits.describe(TOO_HOT)
     radii = limits.distance * covalent_radii[atoms.numbers]
     if limits.distance > 0:
-        i, j, d = neighbour_list("ijd", atoms, cutoff=float(2 * radii.max()))
-        if (d < radii[i] + radii[j]).any():
+        near = neighbours(unlabelled(atoms), float(2 * radii.max()))
+        least = radii[near.senders] + radii[near.receivers]
+        if (np.linalg.norm(near.vectors, axis=1) < least).any():
             return limits.describe(TOO_CLOSE)
     return None
 
