@@ -25,6 +25,8 @@ LAYERS = {
         "timing",
         "validation",
         "evaluate",
+        "md",
+        "integrations",
         "calculator",
         "bundle",
         "describe",

@@ -1,0 +1,1 @@
+"""jaxft's potentials inside other packages; each is imported when it is used."""
