@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from jaxft import bundle, tree
 from jaxft.cli import app
 from jaxft.evaluate import checks, compare
+from jaxft.evaluate.bindings import Check, Headline
 from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
-from jaxft.evaluate.checks import Check, Headline
-from jaxft.evaluate.compare import Axes, Comparison, merge, pareto_front, read_findings
+from jaxft.evaluate.compare import Comparison
 from jaxft.evaluate.finding import Finding, Row
+from jaxft.evaluate.fronts import Axes, pareto_front
+from jaxft.evaluate.joining import merge, read_findings
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -39,9 +41,7 @@ def models(*names):
 
 
 @pytest.fixture
-def two_checks(monkeypatch):
-    for name, column in (("errors", "forces_rmse"), ("forget", "forces_ratio")):
-        monkeypatch.setitem(compare.CHECKS, name, Check(None, Headline(column, "total")))
+def two_checks():
     return {
         "errors": numbers("errors", "forces_rmse", a=10.0, b=20.0, c=30.0),
         "forget": numbers("forget", "forces_ratio", a=3.0, b=1.5, c=2.0),
@@ -184,7 +184,7 @@ def test_cost_counts_parameters_and_those_that_changed(small):
     assert rows["tuned", "parameters"].values["changed"] == flat[path].size
     assert rows["base", "parameters"].values["changed"] == 0
     assert rows["lj", "parameters"].values == {}
-    assert rows["lj", "one step of NaCl"].values["seconds"] > 0
+    assert rows["lj", "one step of NaCl"].values["per_atom"] > 0
     assert rows["emt", "one step of NaCl"].flag is not None
     with pytest.raises(ValueError, match="'other'"):
         compare.compare(candidates, {}, base="other")

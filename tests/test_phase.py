@@ -8,9 +8,10 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from matscipy.neighbours import neighbour_list
 
 from jaxft.evaluate.candidate import AseCandidate
-from jaxft.evaluate.phase import ALL, Protocol, check
+from jaxft.evaluate.phase import ALL, check
 from jaxft.evaluate.softmodes import repeats, spectrum
 from jaxft.evaluate.spacegroups import named_group, space_group
+from jaxft.evaluate.walks import Protocol
 
 A = 4.0
 """Å, of the lattice."""

@@ -10,7 +10,8 @@ from scipy.stats import kstest
 from jaxft import data
 from jaxft.evaluate.candidate import AseCandidate
 from jaxft.evaluate.handover import FRAMES, hand_over
-from jaxft.evaluate.rattle import Ranges, _trials, even, rattle, unevenness
+from jaxft.evaluate.rattle import rattle
+from jaxft.evaluate.trials import Ranges, even, trials_of, unevenness
 
 BASE = AseCandidate("emt", EMT())
 RANGES = Ranges(min_length=6.0, amplitude=(0.0, 0.15))
@@ -54,7 +55,7 @@ def test_energies_are_uniform_and_those_of_the_base_model(made):
 def test_amplitudes_volumes_and_strains_are_those_drawn():
     cell = stretched().repeat(3)
     ranges = Ranges(amplitude=(0.02, 0.1), volume=(0.9, 1.1), strain=0.03)
-    trials = list(_trials(cell, 200, ranges, np.random.default_rng(0)))
+    trials = list(trials_of(cell, 200, ranges, np.random.default_rng(0)))
     for trial in trials[:20]:
         deformed = cell.copy()
         deformed.set_cell(trial.atoms.cell, scale_atoms=True)

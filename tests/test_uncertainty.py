@@ -15,18 +15,8 @@ from jaxft import data, surgery, tree
 from jaxft.evaluate import ensemble
 from jaxft.evaluate.candidate import AseCandidate, Flag, JaxCandidate
 from jaxft.evaluate.ensemble import opinions, predict_ensemble, stack
-from jaxft.evaluate.uncertainty import (
-    ALL,
-    LEVELS,
-    Spread,
-    check,
-    coverage,
-    judge,
-    miscalibration,
-    ranking,
-    spreads,
-    write_ranked,
-)
+from jaxft.evaluate.spread import Spread, ranking, spreads, write_ranked
+from jaxft.evaluate.uncertainty import ALL, LEVELS, check, coverage, judge, miscalibration
 
 
 def framed(structures):

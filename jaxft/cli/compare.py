@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import Field, field_validator
 
-from jaxft.cli.candidates import candidates, check_outputs
+from jaxft.cli.candidates import candidates, check_outputs, common_dtype
 from jaxft.cli.shared import Dtype, app, command, console, evaluate_app
 from jaxft.recipe import KeysConfig, Strict
 
 if TYPE_CHECKING:
-    from jaxft.evaluate.checks import BoundCheck
+    from jaxft.evaluate.bindings import BoundCheck
     from jaxft.evaluate.compare import Axes
 
 REPORT, CSV, JSON = "report.html", "numbers.csv", "findings.json"
@@ -28,16 +28,24 @@ class AxesConfig(Strict):
     y: str = Field("forget.forces_ratio", pattern=r"^[^.]+\..+$")
 
 
+class ModelConfig(Strict):
+    """A model with a head of its own."""
+
+    file: str
+    head: str
+
+
 class ComparisonConfig(Strict):
     """Models and the checks that they undergo."""
 
-    models: dict[str, str] = Field(min_length=1)
+    models: dict[str, str | ModelConfig] = Field(min_length=1)
     """Bundles by name, or ``torch:FILE.model``."""
     base: str | None = None
-    """The model whose parameters the others are compared with."""
+    """The model that the others were made of."""
     dtype: Literal["float32", "float64"] | None = None
     """By default float64 if any bundle is."""
     head: str | None = None
+    """Of all models that say none of their own."""
     batch_size: int = Field(16, ge=1)
     keys: KeysConfig = KeysConfig()
     """Labels of all frames."""
@@ -49,7 +57,7 @@ class ComparisonConfig(Strict):
 
     @field_validator("models")
     @classmethod
-    def _are_names(cls, models: dict[str, str]) -> dict[str, str]:
+    def _are_names(cls, models: dict[str, Any]) -> dict[str, Any]:
         if wrong := [name for name in models if "=" in name or not name.strip()]:
             raise ValueError(f"{wrong[0]!r} is no name of a model: empty, or with an =")
         return models
@@ -94,7 +102,10 @@ def bound_checks(comparison: ComparisonConfig, source: str) -> dict[str, BoundCh
                 f"{', '.join(CHECKS)})"
             )
         check = CHECKS[name]
-        wanted = config.checked(check.options, options or {}, f"{source}, checks.{name}")
+        given = dict(options or {})
+        if "base" in check.options.model_fields and comparison.base is not None:
+            given.setdefault("base", comparison.base)
+        wanted = config.checked(check.options, given, f"{source}, checks.{name}")
         found[name] = check.bind(wanted, keys)
     return found
 
@@ -118,7 +129,8 @@ def compare(
     title: str = "Comparison of models",
 ) -> None:
     """All checks of several models on one page, with the Pareto front."""
-    from jaxft.evaluate.compare import Axes, Comparison, merge, read_findings
+    from jaxft.evaluate.compare import Axes, Comparison
+    from jaxft.evaluate.joining import merge, read_findings
     from jaxft.evaluate.svg import new_figure
 
     check_outputs(output)
@@ -133,7 +145,7 @@ def compare(
         found = _run(load(config), str(config), findings)
     if output is not None:
         _write(output, found, title)
-    console.print(found.summary.render())
+    console.print(found.render())
     for note in found.summary.notes:
         console.print(note)
     for finding in found.findings:
@@ -144,18 +156,13 @@ def compare(
 
 
 def _run(comparison: ComparisonConfig, source: str, earlier: list[Any]) -> Any:
-    from jaxft.evaluate.checks import one_structure
+    from jaxft.evaluate.bindings import one_structure
     from jaxft.evaluate.compare import compare
 
     checks = bound_checks(comparison, source)
     axes = _axes(comparison)
     probe = None if comparison.probe is None else one_structure(comparison.probe)
-    models = candidates(
-        [f"{name}={path}" for name, path in comparison.models.items()],
-        None if comparison.dtype is None else Dtype(comparison.dtype),
-        comparison.head,
-        comparison.batch_size,
-    )
+    models = _models(comparison)
     return compare(
         models,
         checks,
@@ -165,6 +172,22 @@ def _run(comparison: ComparisonConfig, source: str, earlier: list[Any]) -> Any:
         axes=axes,
         told=lambda name: console.print(f"{name} …", highlight=False),
     )
+
+
+def _models(comparison: ComparisonConfig) -> list[Any]:
+    given = {
+        name: (f"{name}={said.file}", said.head)
+        if isinstance(said, ModelConfig)
+        else (f"{name}={said}", comparison.head)
+        for name, said in comparison.models.items()
+    }
+    specs = [spec for spec, _ in given.values()]
+    dtype = common_dtype(specs) if comparison.dtype is None else Dtype(comparison.dtype)
+    return [
+        candidate
+        for spec, head in given.values()
+        for candidate in candidates([spec], dtype, head, comparison.batch_size)
+    ]
 
 
 def _axes(comparison: ComparisonConfig) -> Axes:

@@ -78,8 +78,8 @@ def rattle(
     from jaxft.cli.candidates import candidates, show
     from jaxft.cli.physics import named_structures
     from jaxft.evaluate.handover import check_target, hand_over
-    from jaxft.evaluate.rattle import Ranges
     from jaxft.evaluate.rattle import rattle as rattled
+    from jaxft.evaluate.trials import Ranges
 
     ranges = Ranges(amplitude, volume, strain, window, min_length)
     parents = named_structures(structures)

@@ -53,7 +53,8 @@ def evaluate_phase(
     """Follow imaginary modes to the phases that models predict."""
     import numpy as np
 
-    from jaxft.evaluate.phase import Protocol, check
+    from jaxft.evaluate.phase import check
+    from jaxft.evaluate.walks import Protocol
 
     check_outputs(save, report)
     protocol = Protocol(
@@ -101,7 +102,8 @@ def evaluate_uncertainty(
 ) -> None:
     """How far models disagree on DATA, whether that tells of errors, and what to label next."""
     from jaxft.data import Keys, from_atoms, read_atoms
-    from jaxft.evaluate.uncertainty import check_ranked, judge, spreads, write_ranked
+    from jaxft.evaluate.spread import check_ranked, spreads, write_ranked
+    from jaxft.evaluate.uncertainty import judge
 
     check_outputs(save, report, rank)
     if rank is not None:
@@ -125,7 +127,7 @@ def named_structures(specs: list[str]) -> dict[str, ase.Atoms]:
     Raises:
       ValueError: two have one name, or a file holds none or several.
     """
-    from jaxft.evaluate.checks import one_structure
+    from jaxft.evaluate.bindings import one_structure
 
     found: dict[str, ase.Atoms] = {}
     for spec in specs:

@@ -1,158 +1,175 @@
-"""The checks that a comparison knows, by name: one line each in ``CHECKS``.
-
-What a check may be asked is what its function says: every argument after the candidates is an
-option, with its type and default. Arguments of the names in ``READERS`` are files there.
-"""
+"""The checks that a comparison knows, by name: one line each in ``CHECKS``."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ase
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict
 
-from jaxft.data import Frame, Keys, read, read_atoms, without_isolated_atoms
-from jaxft.evaluate import phase, uncertainty
+from jaxft.data import Frame, Keys, read_atoms
+from jaxft.evaluate import (
+    accuracy,
+    diatomics,
+    elastic,
+    eos,
+    forget,
+    md,
+    phase,
+    phonons,
+    relax,
+    rss,
+    smoothness,
+    softening,
+    uncertainty,
+)
+from jaxft.evaluate.bindings import Check, Headline, Reader, one_structure
 from jaxft.evaluate.candidate import Candidate
-from jaxft.evaluate.finding import Finding
-
-CheckFn = Callable[..., Finding]
-"""``(candidates, …) -> Finding``."""
-
-BoundCheck = Callable[[Sequence[Candidate]], Finding]
-"""A check with its options, whose files are read."""
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The number that stands for a check in a summary.
-
-    Args:
-      column: of its rows.
-      subject: of the row; by default the mean over the model's rows.
-      absolute: mean of absolute values: of signed errors.
-    """
-
-    column: str
-    subject: str | None = None
-    absolute: bool = False
-
-    def of(self, finding: Finding, model: str) -> float | None:
-        """The number of one model, None where it has none."""
-        rows = [r for r in finding.of(model) if self.subject in (None, r.subject)]
-        values = [float(v) for r in rows if isinstance(v := r.values.get(self.column), int | float)]
-        if not values:
-            return None
-        return sum(map(abs, values) if self.absolute else values) / len(values)
+from jaxft.evaluate.cost import COST
+from jaxft.evaluate.crystals import Crystal, read_crystal
+from jaxft.evaluate.eos import Curve
+from jaxft.evaluate.errors import TOTAL
+from jaxft.evaluate.finding import Finding, Row
+from jaxft.evaluate.randomstructures import random_crystals
+from jaxft.evaluate.uncertainty import UNLABELLED, is_labelled
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How an option that is files is written, and what becomes of it."""
-
-    written: Any
-    """The type in a config."""
-    read: Callable[[Any, Keys], Any]
-
-
-def one_structure(path: Path) -> ase.Atoms:
-    """The only structure of a file.
+def judged(candidates: Sequence[Candidate], frames: Sequence[Frame]) -> Finding:
+    """:func:`jaxft.evaluate.accuracy.check` of frames that have labels.
 
     Raises:
-      ValueError: it has several, or cannot be read.
+      ValueError: as there, or no frame has any label.
     """
-    found = read_atoms(path)
-    if len(found) != 1:
-        raise ValueError(f"{path} holds {len(found)} structures; give a file with one.")
-    return found[0]
-
-
-def _structures(paths: Mapping[str, Path], _: Keys) -> dict[str, ase.Atoms]:
-    return {name: one_structure(path) for name, path in paths.items()}
-
-
-def _frames(paths: list[Path] | Path, keys: Keys) -> list[Frame]:
-    return without_isolated_atoms(read(paths, keys=keys))
-
-
-READERS = {
-    "structures": Reader(dict[str, Path], _structures),
-    "frames": Reader(list[Path] | Path, _frames),
-    "equilibrium": Reader(list[Path] | Path, _frames),
-}
-"""By the name of the argument."""
-
-NO_OPTIONS = {"progress"}
-"""Arguments that a config has no say in."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A function of candidates and options.
-
-    Args:
-      run: the function; what follows the candidates are its options.
-      headline: its number in a summary; None if no one number stands for it.
-      readers: of options that are files, besides ``READERS``.
-    """
-
-    run: CheckFn
-    headline: Headline | None = None
-    readers: Mapping[str, Reader] = field(default_factory=dict)
-
-    @property
-    def options(self) -> type[BaseModel]:
-        """What may be asked, as a model that refuses everything else."""
-        types = typing.get_type_hints(self.run)
-        _, *parameters = inspect.signature(self.run).parameters.values()
-        fields: dict[str, Any] = {}
-        for parameter in parameters:
-            if parameter.name in NO_OPTIONS:
-                continue
-            reader = self._reader(parameter.name)
-            is_needed = parameter.default is inspect.Parameter.empty
-            written = reader.written if reader else types[parameter.name]
-            if not is_needed:
-                written = written | None if reader else written
-            default = ... if is_needed else None if reader else parameter.default
-            fields[parameter.name] = (written, default)
-        config = ConfigDict(
-            extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    if frames and not is_labelled(frames):
+        raise ValueError(
+            f"none of {len(frames)} frames ({frames[0].source} …) has a label; give "
+            "labelled frames, or the keys of their labels."
         )
-        return create_model("Options", __config__=config, **fields)
-
-    def bind(self, options: BaseModel, keys: Keys | None = None) -> BoundCheck:
-        """With checked ``options``, whose files are read now.
-
-        Raises:
-          ValueError: a file cannot be read.
-        """
-        given = {}
-        for name in options.model_fields_set:
-            value = getattr(options, name)
-            reader = self._reader(name)
-            if reader is None:
-                given[name] = value
-            elif value is not None:
-                given[name] = reader.read(value, keys or Keys())
-        return functools.partial(_call, self.run, given)
-
-    def _reader(self, name: str) -> Reader | None:
-        return {**READERS, **self.readers}.get(name)
+    return accuracy.check(candidates, frames)
 
 
-def _call(run: CheckFn, given: Mapping[str, Any], candidates: Sequence[Candidate]) -> Finding:
-    return run(candidates, **given)
+def forgotten(candidates: Sequence[Candidate], frames: Sequence[Frame], *, base: str) -> Finding:
+    """:func:`jaxft.evaluate.forget.check` with the base among the candidates.
 
+    The base itself forgot nothing: its ratios are 1, where there are errors.
+
+    Raises:
+      ValueError: as there, or the base is no candidate.
+    """
+    by_name = {candidate.name: candidate for candidate in candidates}
+    if base not in by_name:
+        raise ValueError(f"the base {base!r} is none of {', '.join(map(repr, by_name))}.")
+    tuned = [candidate for name, candidate in by_name.items() if name != base]
+    found = forget.check(by_name[base], tuned, frames)
+    rows = (_unforgotten(row) if row.model == base else row for row in found.rows)
+    notes = found.notes if is_labelled(frames) else (*found.notes, UNLABELLED)
+    return replace(found, rows=tuple(rows), notes=notes)
+
+
+def _unforgotten(row: Row) -> Row:
+    ratios = {f"{q}_ratio": 1.0 for q in forget.QUANTITIES if row.values.get(f"{q}_rmse")}
+    return replace(row, values={**row.values, **ratios})
+
+
+class CrystalFile(BaseModel):
+    """A crystal whose file does not say its supercell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Path
+    supercell: tuple[int, int, int]
+
+
+def _crystals(given: Mapping[str, Path | CrystalFile], *_: Any) -> list[Crystal]:
+    return [
+        read_crystal(said.file, said.supercell, name)
+        if isinstance(said, CrystalFile)
+        else read_crystal(said, name=name)
+        for name, said in given.items()
+    ]
+
+
+def _named(paths: Mapping[str, Path], *_: Any) -> list[ase.Atoms]:
+    """Structures that know their names."""
+    found = []
+    for name, path in paths.items():
+        atoms = one_structure(path)
+        atoms.info["name"] = name
+        found.append(atoms)
+    return found
+
+
+def _random(given: Mapping[str, Path | int], _: Keys, options: Any) -> dict[str, list[ase.Atoms]]:
+    """All structures of a file, or so many random crystals of the composition."""
+    return {
+        name: random_crystals(name, said, seed=options.seed + i)
+        if isinstance(said, int)
+        else read_atoms(said)
+        for i, (name, said) in enumerate(given.items())
+    }
+
+
+def _curves(paths: Mapping[str, Path], _: Keys, options: Any) -> dict[str, Curve]:
+    """Energies of the cells that the structures of the same names are."""
+    unknown = sorted(set(paths) - set(options.structures))
+    if unknown:
+        raise ValueError(
+            f"references are given for {', '.join(map(repr, unknown))}, but the structures are "
+            f"{', '.join(map(repr, options.structures))}; use their names."
+        )
+    return {
+        name: eos.read_curve(path, len(one_structure(options.structures[name])))
+        for name, path in paths.items()
+    }
+
+
+def _trajectory(path: Path, *_: Any) -> list[ase.Atoms]:
+    return read_atoms(path)
+
+
+MORE = float("inf")
 
 CHECKS: dict[str, Check] = {
-    "phase": Check(phase.check, Headline("f1", phase.ALL)),
-    "uncertainty": Check(uncertainty.check),
+    "errors": Check(judged, (Headline("forces_rmse", TOTAL), Headline("energy_rmse", TOTAL))),
+    "forget": Check(
+        forgotten, (Headline("forces_ratio", TOTAL), Headline("forces_drift", TOTAL, best=None))
+    ),
+    "softening": Check(softening.check, (Headline("slope", softening.ALL, best=1.0),)),
+    "phonons": Check(
+        phonons.phonons,
+        (Headline("mae", phonons.ALL), Headline("omega_max_bias", phonons.ALL, absolute=True)),
+        {"crystals": Reader(dict[str, Path | CrystalFile], _crystals)},
+    ),
+    "phase": Check(
+        phase.check,
+        tuple(Headline(c, phase.ALL, best=1.0) for c in ("f1", "accuracy")),
+    ),
+    "eos": Check(eos.check, (Headline("delta"),), {"references": Reader(dict[str, Path], _curves)}),
+    "elastic": Check(elastic.check, (Headline("k_error", absolute=True),)),
+    "relax": Check(relax.check, (Headline("rmsd"),)),
+    "diatomics": Check(diatomics.check, (Headline("force_flips", diatomics.ALL, best=1.0),)),
+    "smoothness": Check(smoothness.check, (Headline("force_jump"),)),
+    "rss": Check(
+        rss.check,
+        (Headline("holes_percent", rss.ALL),),
+        {"structures": Reader(dict[str, Path | int], _random)},
+    ),
+    "md": Check(
+        md.md,
+        (Headline("survival_time", best=MORE), Headline("energy_drift", absolute=True)),
+        {
+            "structures": Reader(dict[str, Path], _named),
+            "reference": Reader(Path, _trajectory),
+        },
+    ),
+    "uncertainty": Check(uncertainty.check, of_models=False),
 }
 """By the name in a config and of the finding."""
+
+HEADLINES = {name: check.headlines for name, check in CHECKS.items()} | {
+    COST: (Headline("per_atom"), Headline("parameters", best=None))
+}
+"""By the name of a finding, the numbers that stand for it."""

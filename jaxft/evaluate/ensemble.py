@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxft import tree
 from jaxft.data import prepare, unlabelled
+from jaxft.evaluate.batches import plan_batches
 from jaxft.evaluate.candidate import (
     NOT_FINITE,
     Candidate,
@@ -31,7 +32,6 @@ from jaxft.evaluate.predictions import (
     cast,
     frame_results,
     packed_graph,
-    plan_batches,
     working_dtype,
 )
 from jaxft.graph import Graph, edges_per_block

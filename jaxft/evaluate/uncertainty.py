@@ -12,20 +12,16 @@ Learn.: Sci. Technol. 1, 025006 (2020).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 
-import ase
-import ase.io
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxft.bundle import refuse_existing
 from jaxft.data import Frame
-from jaxft.evaluate.candidate import Candidate, Flag, ProgressFn, check_names
-from jaxft.evaluate.ensemble import opinions
+from jaxft.evaluate.accuracy import atoms_of
+from jaxft.evaluate.candidate import Candidate, Flag
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
+from jaxft.evaluate.spread import Spread, Spreads, ranking, spreads
 
 ALL = "all frames"
 MILLI = 1e3
@@ -59,76 +55,12 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """Mean and standard deviation of an ensemble on one frame."""
-
-    members: int
-    energy: float
-    """eV, total, of the mean."""
-    energy_std: float
-    """eV/atom."""
-    forces: np.ndarray
-    """[n, 3] eV/Å, of the mean."""
-    forces_std: np.ndarray
-    """[n, 3] eV/Å, of every component."""
-
-    @property
-    def atoms_std(self) -> np.ndarray:
-        """[n] eV/Å, of the force vectors."""
-        return np.linalg.norm(self.forces_std, axis=1)
-
-    @property
-    def worst(self) -> float:
-        """eV/Å, of the atom that the members disagree on most."""
-        return float(self.atoms_std.max())
+UNLABELLED = "No frame is labelled, so there are no errors here."
 
 
-Spreads = Sequence[Spread | Flag]
-"""Of frames in their order."""
-
-
-def spreads(
-    members: Sequence[Candidate],
-    structures: Sequence[ase.Atoms],
-    progress: ProgressFn | None = None,
-) -> list[Spread | Flag]:
-    """Mean and spread of an ensemble on every structure, or why there is none.
-
-    Members that are potentials of ours and differ in their parameters alone (last-layer and LoRA
-    ensembles, seeds) are evaluated together, see :mod:`jaxft.evaluate.ensemble`.
-
-    Raises:
-      ValueError: there are less than two members, or two of one name.
-    """
-    check_names(members)
-    if len(members) < 2:
-        raise ValueError(
-            f"an ensemble of {len(members)} model has no spread; give two models or more."
-        )
-    found: list[Spread | Flag] = []
-    for said in zip(*opinions(members, structures, progress), strict=True):
-        flags = {
-            f"{m.name}: {o.reason}"
-            for m, o in zip(members, said, strict=True)
-            if isinstance(o, Flag)
-        }
-        if flags:
-            found.append(Flag("; ".join(sorted(flags))))
-            continue
-        results = [outcome for outcome in said if not isinstance(outcome, Flag)]
-        energies = np.array([r.energy for r in results])
-        forces = np.stack([r.forces for r in results])
-        found.append(
-            Spread(
-                len(members),
-                float(energies.mean()),
-                float(energies.std(ddof=1)) / forces.shape[1],
-                forces.mean(axis=0),
-                forces.std(axis=0, ddof=1),
-            )
-        )
-    return found
+def is_labelled(frames: Sequence[Frame]) -> bool:
+    """Any of them, with energy, forces or stress."""
+    return any(f.energy is not None or f.forces is not None or f.stress is not None for f in frames)
 
 
 def check(
@@ -157,7 +89,7 @@ def check(
             f"{', '.join(map(repr, unknown))} in an ensemble is none of the models "
             f"{', '.join(map(repr, known))}."
         )
-    structures = [_atoms_of(frame) for frame in frames]
+    structures = [atoms_of(frame) for frame in frames]
     found = {e: spreads([known[name] for name in names], structures) for e, names in chosen.items()}
     return judge(found, frames, top=top)
 
@@ -191,56 +123,8 @@ def judge(ensembles: Mapping[str, Spreads], frames: Sequence[Frame], *, top: int
             if isinstance(flag, Flag)
         ]
     settings = {"frames": len(frames), "levels": LEVELS, "top": top}
-    return Finding("uncertainty", tuple(rows), UNITS, settings, _pictures(curves, clouds), NOTES)
-
-
-def ranking(found: Spreads) -> list[int]:
-    """Positions of the frames, those with the largest spread of forces first; flagged ones are
-    left out."""
-    known = [(i, s.worst) for i, s in enumerate(found) if isinstance(s, Spread)]
-    return [i for i, _ in sorted(known, key=lambda pair: -pair[1])]
-
-
-def write_ranked(
-    path: str | Path, structures: Sequence[ase.Atoms], found: Spreads, *, most: int | None = None
-) -> int:
-    """Write frames for labelling, the most uncertain first, as extended XYZ.
-
-    Each keeps its ``info`` and ``arrays`` and gets ``spread_rank``, ``spread_forces_max`` (eV/Å)
-    and ``spread_energy`` (eV/atom) in ``info``, ``spread_forces`` (eV/Å) per atom. Results of a
-    calculator are not kept: nothing that is not a label can be taken for one.
-
-    Returns:
-      How many were written.
-
-    Raises:
-      FileExistsError: ``path`` exists.
-      ValueError: no frame has a spread, or the suffix is another.
-    """
-    check_ranked(Path(path))
-    chosen = ranking(found)[:most]
-    written = []
-    for rank, i in enumerate(chosen):
-        spread, atoms = found[i], structures[i].copy()
-        assert isinstance(spread, Spread)
-        atoms.info |= {
-            "spread_rank": rank,
-            "spread_forces_max": spread.worst,
-            "spread_energy": spread.energy_std,
-        }
-        atoms.set_array("spread_forces", spread.atoms_std)
-        written.append(atoms)
-    if not written:
-        raise ValueError("no frame has a spread, so there is nothing to rank; see their flags.")
-    ase.io.write(path, written, format="extxyz")
-    return len(written)
-
-
-def check_ranked(path: Path) -> None:
-    """Raises FileExistsError, or ValueError, unless a ranking can be written there."""
-    refuse_existing(path)
-    if path.suffix not in (".xyz", ".extxyz"):
-        raise ValueError(f"{path} is no .xyz or .extxyz; give such a name.")
+    notes = NOTES if is_labelled(frames) else (*NOTES, UNLABELLED)
+    return Finding("uncertainty", tuple(rows), UNITS, settings, _pictures(curves, clouds), notes)
 
 
 def coverage(errors: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -311,15 +195,6 @@ def _judged(
 
 def _subject(frames: Sequence[Frame], i: int) -> str:
     return f"frame {i}: {frames[i].source}"
-
-
-def _atoms_of(frame: Frame) -> ase.Atoms:
-    atoms = ase.Atoms(
-        frame.atomic_numbers, frame.positions, cell=frame.cell, pbc=frame.pbc, info=frame.features
-    )
-    for name, array in frame.atom_features.items():
-        atoms.set_array(name, array)
-    return atoms
 
 
 def _of_frame(spread: Spread | Flag) -> dict[str, Value]:

@@ -1,0 +1,92 @@
+"""What a model costs: parameters, those that changed, time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import ase
+import jax
+
+from jaxft import tree
+from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate
+from jaxft.evaluate.finding import Finding, Row, Value
+from jaxft.strategies.delta import support_of
+
+COST = "cost"
+EVERY = "all models"
+"""Whose the time of a check is."""
+
+UNITS = {
+    "parameters": "",
+    "changed": "",
+    "changed_share": "%",
+    "atoms": "",
+    "step": "ms",
+    "per_atom": "µs/atom",
+    "seconds": "s",
+}
+NOTES = (
+    "changed: parameters that differ at all from those of the base. step: energy, forces and "
+    "stress of the structure named, compiled before, the median of several, on the machine that "
+    "ran the comparison; per atom the same over its atoms. seconds: a check, for all models, with "
+    "compilation.",
+)
+UNTIMED = "No structure to take the time of was given (probe), so time per atom is not known."
+
+
+def cost(
+    candidates: Sequence[Candidate],
+    base: Candidate | None,
+    probe: ase.Atoms | None,
+    seconds: Mapping[str, float],
+) -> Finding:
+    """Parameters, parameters that changed, and time; of models that are not ours, the time.
+
+    Args:
+      candidates: models.
+      base: whose parameters the others' are compared with.
+      probe: a structure to take the time of.
+      seconds: that checks took, by name.
+    """
+    rows = []
+    for candidate in candidates:
+        values: dict[str, Value] = {}
+        if isinstance(candidate, JaxCandidate):
+            values["parameters"] = tree.size(candidate.params)
+            if isinstance(base, JaxCandidate):
+                values |= _changed(base, candidate)
+        rows.append(Row(candidate.name, "parameters", values))
+        if probe is not None:
+            rows.append(_timed(candidate, probe))
+    rows += [Row(EVERY, f"check {name}", {"seconds": s}) for name, s in seconds.items()]
+    notes = NOTES if probe is not None else (*NOTES, UNTIMED)
+    return Finding(COST, tuple(rows), UNITS, {}, (), notes)
+
+
+def _changed(base: JaxCandidate, candidate: JaxCandidate) -> dict[str, Value]:
+    try:
+        support = support_of(base.params, candidate.params)
+    except ValueError:  # another architecture
+        return {}
+    changed = sum(int(leaf.sum()) for leaf in jax.tree.leaves(support))
+    return {"changed": changed, "changed_share": 100 * changed / tree.size(candidate.params)}
+
+
+def _timed(candidate: Candidate, probe: ase.Atoms, repeats: int = 5) -> Row:
+    """The median of several evaluations after a first, each of slightly moved atoms: a calculator
+    does not compute the same structure twice."""
+    subject = f"one step of {probe.symbols}"
+    times = []
+    for i in range(repeats + 1):
+        moved = probe.copy()
+        moved.rattle(1e-4, seed=i)
+        start = time.perf_counter()
+        (outcome,) = candidate.evaluate([moved])
+        times.append(time.perf_counter() - start)
+        if isinstance(outcome, Flag):
+            return Row(candidate.name, subject, {}, outcome.reason)
+    step = statistics.median(times[1:])
+    values = {"atoms": len(probe), "step": 1e3 * step, "per_atom": 1e6 * step / len(probe)}
+    return Row(candidate.name, subject, values)
