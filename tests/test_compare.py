@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import ase.build
 import ase.io
@@ -15,14 +16,17 @@ from typer.testing import CliRunner
 
 from jaxft import bundle, tree
 from jaxft.cli import app
+from jaxft.cli.compare import _models, bound_checks, load
+from jaxft.config import ConfigError
 from jaxft.evaluate import checks, compare
 from jaxft.evaluate.bindings import Check, Headline
 from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
-from jaxft.evaluate.compare import Comparison
+from jaxft.evaluate.compare import Comparison, Entry
 from jaxft.evaluate.finding import Finding, Row
 from jaxft.evaluate.fronts import Axes, pareto_front
 from jaxft.evaluate.joining import merge, read_findings
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = '<script>alert("x")</script>'
 
 
@@ -79,7 +83,7 @@ def test_a_model_without_a_number_is_named_and_not_drawn(two_checks):
     two_checks["forget"] = numbers("forget", "forces_ratio", a=float("nan"), b=1.5, c=2.0)
     summary = compare.compare(models("a", "b", "c"), two_checks).summary
     assert [line.label for line in summary.pictures[0].lines] == ["Pareto front", "b", "c"]
-    assert "for want of a number: a" in summary.notes[0]
+    assert "for want of a number: a" in summary.notes[1]
     alone = Comparison((Finding("errors", (Row("a", "total"),), {"forces_rmse": ""}),)).summary
     assert alone.pictures == ()
     assert "no forget.forces_ratio" in alone.notes[0]
@@ -207,7 +211,6 @@ def test_options_of_a_check_are_the_arguments_of_its_function(tmp_path):
     for wrong in ({}, {"structures": {}, "fmx": 1}, {"structures": {}, "fmax": "soft"}):
         with pytest.raises(ValueError, match="validation error"):
             check.options.model_validate(wrong)
-    assert all(c.options.model_fields for c in checks.CHECKS.values())
 
 
 def test_headlines_are_means_or_one_row():
@@ -217,6 +220,48 @@ def test_headlines_are_means_or_one_row():
     assert Headline("v", absolute=True).of(found, "a") == 2.0
     assert Headline("v", "y").of(found, "a") == 3.0
     assert Headline("v").of(found, "nobody") is None
+
+
+def test_a_headline_is_a_row_the_rows_it_begins_or_all():
+    rows = [Row("a", s, {"v": v}) for s, v in (("x, 1 GPa", 1.0), ("all, 1 GPa", 5.0))]
+    found = Finding(
+        "c", (*rows, Row("a", "all, 2 GPa", {"v": 7.0}), Row("b", "x", {"v": 2.0})), {"v": ""}
+    )
+    assert Headline("v", "all").of(found, "a") == 6.0
+    assert Headline("v", "all").of(found, "b") == 2.0
+
+
+def test_the_best_is_nearest_to_the_ideal_and_nobody_where_all_are_alike():
+    def best(ideal, **values):
+        return Entry("c", Headline("v", best=ideal), "", values).best
+
+    assert best(0.0, a=1.0, b=2.0, c=None) == {"a"}
+    assert best(1.0, a=0.9, b=1.3, c=0.9) == {"a", "c"}
+    assert best(np.inf, a=1.0, b=2.0) == {"b"}
+    assert best(None, a=1.0, b=2.0) == best(0.0, a=1e-16, b=2e-16) == best(0.0, a=None) == set()
+
+
+def test_the_front_is_of_distances_where_the_ideal_is_not_zero():
+    slopes = Finding(
+        "softening",
+        tuple(Row(n, "s", {"slope": v}) for n, v in (("a", 1.1), ("b", 0.7))),
+        {"slope": ""},
+    )
+    cost = Finding(
+        "cost",
+        tuple(Row(n, "s", {"per_atom": v}) for n, v in (("a", 3.0), ("b", 2.0))),
+        {"per_atom": "µs/atom"},
+    )
+    axes = Axes("softening.slope", "cost.per_atom")
+    (picture,) = Comparison((slopes, cost), axes).summary.pictures
+    np.testing.assert_allclose([line.x[0] for line in picture.lines[1:]], [0.1, 0.3])
+    assert "distance of softening: slope from 1" in picture.x
+
+
+def test_rows_of_references_and_ensembles_are_no_models():
+    rows = {"eos": ("reference", "a"), "uncertainty": ("ensemble",), "cost": ("b", "all models")}
+    findings = [Finding(c, tuple(Row(m, "s") for m in names), {}) for c, names in rows.items()]
+    assert Comparison(tuple(findings)).models == ["a", "b"]
 
 
 def test_axes_name_a_check_and_a_column():
@@ -292,6 +337,28 @@ def test_bad_configs_are_refused_before_anything_runs(files, text, message):
     found = run("compare", config(files, text))
     assert found.exit_code == 1
     assert message in found.output.replace("\n", " ")
+
+
+def test_the_config_that_comes_along_asks_for_every_check(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = Path("configs/evaluate/compare.yaml")
+    found = load(path)
+    assert set(bound_checks(found, str(path))) == set(checks.CHECKS)
+    assert found.probe.is_file()
+    assert {found.pareto.x, found.pareto.y} == {Axes().x, Axes().y}
+
+
+def test_the_base_is_that_of_the_comparison_and_models_have_heads(files):
+    text = "models: {base: '@/base.jaxft', tuned: {file: '@/tuned.jaxft', head: Default}}\n"
+    asked = "checks: {forget: {frames: '@/frames.xyz'}}\n"
+    with pytest.raises(ConfigError, match="base"):
+        bound_checks(load(config(files, text + asked)), "x")
+    found = load(config(files, text + "base: base\n" + asked))
+    (bound,) = bound_checks(found, "x").values()
+    assert bound.args[1]["base"] == "base"
+    assert [c.head for c in _models(found)] == [None, "Default"]
+    with pytest.raises(ConfigError, match="hed"):
+        load(config(files, "models: {a: {file: x, hed: y}}\nchecks: {errors: {}}"))
 
 
 def test_nothing_to_compare_is_refused():

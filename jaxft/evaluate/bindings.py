@@ -44,12 +44,14 @@ class Headline:
         GPa``); the mean over all rows of the model by default, and where it has no such row.
       absolute: mean of absolute values: of signed errors.
       best: the ideal; infinite where more is better, None where nothing is.
+      against: the setting of the finding that names the model which the number compares with.
     """
 
     column: str
     subject: str | None = None
     absolute: bool = False
     best: float | None = 0.0
+    against: str | None = None
 
     def of(self, finding: Finding, model: str) -> float | None:
         """The number of one model, None where it has none."""

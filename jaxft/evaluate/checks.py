@@ -140,15 +140,22 @@ CHECKS: dict[str, Check] = {
     "softening": Check(softening.check, (Headline("slope", softening.ALL, best=1.0),)),
     "phonons": Check(
         phonons.phonons,
-        (Headline("mae", phonons.ALL), Headline("omega_max_bias", phonons.ALL, absolute=True)),
+        (
+            Headline("mae", phonons.ALL, against="reference"),
+            Headline("omega_max_bias", phonons.ALL, absolute=True, against="reference"),
+        ),
         {"crystals": Reader(dict[str, Path | CrystalFile], _crystals)},
     ),
     "phase": Check(
         phase.check,
         tuple(Headline(c, phase.ALL, best=1.0) for c in ("f1", "accuracy")),
     ),
-    "eos": Check(eos.check, (Headline("delta"),), {"references": Reader(dict[str, Path], _curves)}),
-    "elastic": Check(elastic.check, (Headline("k_error", absolute=True),)),
+    "eos": Check(
+        eos.check,
+        (Headline("delta", against="against"),),
+        {"references": Reader(dict[str, Path], _curves)},
+    ),
+    "elastic": Check(elastic.check, (Headline("k_error", absolute=True, against="against"),)),
     "relax": Check(relax.check, (Headline("rmsd"),)),
     "diatomics": Check(diatomics.check, (Headline("force_flips", diatomics.ALL, best=1.0),)),
     "smoothness": Check(smoothness.check, (Headline("force_jump"),)),

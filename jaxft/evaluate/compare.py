@@ -32,6 +32,8 @@ SUMMARY = "summary"
 FAILED = "the whole check"
 REFERENCE = "reference"
 """Whose rows in a finding are of no model."""
+ALIKE, ROUNDING = 1e-6, 1e-6
+"""Relative and absolute differences of headlines that say nothing."""
 
 
 class Entry(NamedTuple):
@@ -42,6 +44,8 @@ class Entry(NamedTuple):
     unit: str
     values: dict[str, float | None]
     """By model."""
+    against: str | None = None
+    """The model that all are compared with, if it is one."""
 
     @property
     def name(self) -> str:
@@ -51,8 +55,10 @@ class Entry(NamedTuple):
     @property
     def quantity(self) -> str:
         """In words, with its ideal where that is not 0."""
-        ideals = {0.0: "", None: "", 1.0: " (ideal: 1)", np.inf: " (the more the better)"}
-        return self.headline.column.replace("_", " ") + ideals[self.headline.best]
+        ideals = {1.0: " (ideal: 1)", np.inf: " (the more the better)"}
+        against = "" if self.against is None else f" against {self.against}"
+        ideal = ideals.get(self.headline.best or 0.0, "")
+        return self.headline.column.replace("_", " ") + against + ideal
 
     @property
     def best(self) -> set[str]:
@@ -62,7 +68,10 @@ class Entry(NamedTuple):
             for model, value in self.values.items()
             if value is not None and np.isfinite(value)
         }
-        return {m for m, d in far.items() if min(far.values()) == d < max(far.values())}
+        least, most = min(far.values(), default=0.0), max(far.values(), default=0.0)
+        if most - least <= ALIKE * abs(most) or most - least < ROUNDING:
+            return set()
+        return {model for model, d in far.items() if d - least <= ALIKE * abs(most)}
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,13 @@ class Comparison:
         """The headlines of every check that any model has."""
         models = self.models
         found = [
-            Entry(f.check, h, f.units[h.column], {name: h.of(f, name) for name in models})
+            Entry(
+                f.check,
+                h,
+                f.units[h.column],
+                {name: h.of(f, name) for name in models},
+                f.settings.get(h.against) if h.against else None,
+            )
             for f in self.findings
             for h in HEADLINES.get(f.check, ())
             if h.column in f.units

@@ -16,6 +16,8 @@ COLOURS = ("#2a6fb0", "#d1873b", *OTHERS)
 REFERENCE = "0.55"
 WIDTH, HEIGHT = 5.2, 3.6
 """Inches."""
+FEW = 3
+"""Points that are drawn large."""
 
 
 def picture_svg(picture: Picture, *, ids: str) -> str:
@@ -79,7 +81,7 @@ def _look(line: Line, names: Sequence[str]) -> dict[str, Any]:
         "linestyle": "" if line.is_scatter else STYLES[rank // len(COLOURS) % len(STYLES)],
         "linewidth": 2.2 if line.is_reference else 1.3,
         "marker": "o" if line.is_scatter else "",
-        "markersize": 3,
+        "markersize": 3 if len(line.x) > FEW else 6,
         "zorder": 1 if line.is_reference else 2,
     }
 

@@ -43,7 +43,7 @@ class Protocol:
     most_atoms: int = 1000
     displacement: float = 0.01
     threshold: float = 0.1
-    amplitudes: Sequence[float] = tuple(0.05 * i for i in range(1, 13))
+    amplitudes: Sequence[float] = tuple(i / 20 for i in range(1, 13))
     relaxed: int = 3
     cell: bool = True
     fmax: float = 0.005
