@@ -149,6 +149,7 @@ def test_a_harmonic_crystal_that_is_stable_has_no_transition(cage):
     assert row.values["after"] == row.values["before"] == "Pm-3m (221)"
     assert row.values["is_right"] is True
     assert finding.pictures == ()
+    assert score.values["accuracy"] == 1.0
     assert score.values["f1"] is None  # nothing was predicted and nothing expected
 
 
@@ -161,7 +162,9 @@ def test_precision_and_recall_count_wrong_phases_against_both(cage):
     scores = {row.model: row.values for row in finding.rows if row.subject == ALL}
     assert scores["model"]["precision"] == scores["model"]["recall"] == 0.5
     assert scores["other"]["f1"] == 0.5
-    assert scores["stable"] == {"counted": 2, "precision": None, "recall": 0.0, "f1": 0.0}
+    assert [scores[name]["accuracy"] for name in ("model", "other", "stable")] == [0.5, 0.5, 0.0]
+    assert scores["stable"]["precision"] is None
+    assert scores["stable"]["recall"] == scores["stable"]["f1"] == 0.0
 
 
 def test_a_phase_that_stays_is_neither_predicted_nor_expected(cage):
@@ -174,7 +177,13 @@ def test_a_phase_that_stays_is_neither_predicted_nor_expected(cage):
         protocol=FIXED,
     )
     assert [row.values.get("is_right") for row in finding.rows] == [False, True, None]
-    assert finding.rows[-1].values == {"counted": 2, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert finding.rows[-1].values == {
+        "counted": 2,
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "accuracy": 0.5,
+    }
 
 
 def test_another_model_is_a_reference(cage):
