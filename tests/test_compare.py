@@ -107,6 +107,16 @@ def test_a_check_that_raises_is_flagged_and_the_rest_is_intact(two_checks):
         compare.compare(models("a"), {"stopped": stopped})
 
 
+def test_the_base_is_the_first_of_every_check():
+    """rss and md compare with the first."""
+
+    def order(candidates):
+        return Finding("order", tuple(Row(c.name, "s") for c in candidates), {})
+
+    found = compare.compare(models("a", "b", "c"), {"order": order}, base="b")
+    assert found.models == ["b", "a", "c"]
+
+
 def test_hostile_names_are_text_everywhere(two_checks):
     names = {HOSTILE: 1.0, "=2+2": 2.0, "a,b\nc": 3.0}
     found = compare.compare(
