@@ -20,7 +20,7 @@ from jaxft.cli.compare import _models, bound_checks, load
 from jaxft.config import ConfigError
 from jaxft.evaluate import checks, compare
 from jaxft.evaluate.bindings import Check, Headline
-from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
+from jaxft.evaluate.candidate import AseCandidate, Flag, JaxCandidate
 from jaxft.evaluate.compare import Comparison, Entry
 from jaxft.evaluate.finding import Finding, Row
 from jaxft.evaluate.fronts import Axes, pareto_front
@@ -115,6 +115,16 @@ def test_the_base_is_the_first_of_every_check():
 
     found = compare.compare(models("a", "b", "c"), {"order": order}, base="b")
     assert found.models == ["b", "a", "c"]
+
+
+def test_structures_that_a_model_threw_away_are_flagged_and_not_raised(small):
+    """What an exploding relaxation leaves behind; nothing is compiled where nothing is sound."""
+    gone = ase.build.bulk("NaCl", "rocksalt", 5.6)
+    gone.positions[0] = np.nan
+    near = ase.Atoms("Na2", np.zeros((2, 3)))
+    found = JaxCandidate("a", *small).evaluate([gone, near, ase.Atoms("Fe")])
+    assert all(isinstance(outcome, Flag) for outcome in found)
+    assert "not finite" in found[0].reason
 
 
 def test_hostile_names_are_text_everywhere(two_checks):

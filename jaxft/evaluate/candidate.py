@@ -85,13 +85,12 @@ class JaxCandidate:
         self, structures: Sequence[ase.Atoms], progress: ProgressFn | None = None
     ) -> list[Outcome]:
         """As :class:`Candidate` says; structures that cannot be are flagged before any compiles."""
-        frames = [unlabelled(atoms, source=str(atoms.symbols)) for atoms in structures]
         try:
             flags = dict[int, Flag]()
-            prepare(frames, self.model, head=self.head)
+            sound = self._frames(structures)
         except ValueError:
-            flags = {i: flag for i, frame in enumerate(frames) if (flag := self._flag(frame))}
-        sound = [frame for i, frame in enumerate(frames) if i not in flags]
+            flags = {i: flag for i, atoms in enumerate(structures) if (flag := self._flag(atoms))}
+            sound = self._frames([atoms for i, atoms in enumerate(structures) if i not in flags])
         found = iter(
             predict_frames(
                 self.model,
@@ -103,7 +102,7 @@ class JaxCandidate:
                 progress=progress,
             )
         )
-        return [flags[i] if i in flags else _checked(next(found)) for i in range(len(frames))]
+        return [flags[i] if i in flags else _checked(next(found)) for i in range(len(structures))]
 
     def ase_calculator(self) -> Calculator:
         """A new :class:`jaxft.calculator.JaxftCalculator`, with programs of its own shapes."""
@@ -111,9 +110,16 @@ class JaxCandidate:
 
         return JaxftCalculator(self.model, self.params, head=self.head, dtype=self.dtype)
 
-    def _flag(self, frame: Frame) -> Flag | None:
+    def _frames(self, structures: Sequence[ase.Atoms]) -> list[Frame]:
+        """Raises ValueError unless all can be evaluated."""
+        frames = [unlabelled(atoms, source=str(atoms.symbols)) for atoms in structures]
+        if frames:
+            prepare(frames, self.model, head=self.head)
+        return frames
+
+    def _flag(self, atoms: ase.Atoms) -> Flag | None:
         try:
-            prepare([frame], self.model, head=self.head)
+            self._frames([atoms])
         except ValueError as error:
             return Flag(str(error).splitlines()[0])
         return None
