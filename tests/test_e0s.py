@@ -308,7 +308,7 @@ def test_preflight_evaluates_the_model_once(
         calls.append(1)
         return predict_frames(*args, **options)
 
-    monkeypatch.setattr("jaxft.preflight.predict_frames", counting)
+    monkeypatch.setattr("jaxft.preflight.predict_energies", counting)
     monkeypatch.setattr("jaxft.e0s.predict_frames", counting)
     preflight(model, params, frames)
     assert len(calls) == 1

@@ -6,9 +6,10 @@ Isolated-atom energies are added here, on the host and in float64.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import ase
 import ase.io
@@ -65,6 +66,11 @@ def _predict(alike: _Alike, params: Params, graph: Graph) -> Prediction:
     return predict(alike.model, params, graph)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _node_energies(alike: _Alike, params: Params, graph: Graph) -> Array:
+    return alike.model.node_energies(params, graph)
+
+
 def predict_batch(
     model: Potential,
     params: Params,
@@ -88,26 +94,69 @@ def predict_batch(
       num_elements: pad the batch's elements to so many; by default they are not padded.
       blocks: evaluate it in so many parts, see :func:`jaxft.graph.in_blocks`.
     """
-    dtype = jax.tree.leaves(params)[0].dtype.name
-    graph = pack(dataset, chosen, shape, dtype).graph
-    if blocks > 1:
-        graph = in_blocks(graph, blocks, r_max=dataset.r_max, n_row=shape.n_row)
-    spare = max((num_elements or 0) - len(dataset.elements), 0)
-    elements = np.pad(dataset.elements, (0, spare), mode="edge")
-    graph = graph._replace(elements=jnp.asarray(elements))
+    graph = _graph(params, dataset, chosen, shape, num_elements=num_elements, blocks=blocks)
     prediction = jax.device_get(_predict(_Alike(model), params, graph))
     results = []
-    start = 0
-    for g, index in enumerate(chosen):
-        frame, species = dataset.frames[index], dataset.samples[index].species
-        atoms = slice(start, start + len(species))
-        start = atoms.stop
-        e0s = model.e0s[dataset.samples[index].head, dataset.elements[species]]
+    places = _places(model, dataset, chosen)
+    for g, (index, (atoms, e0s)) in enumerate(zip(chosen, places, strict=True)):
+        frame = dataset.frames[index]
         energies = np.asarray(prediction.node_energy[atoms], np.float64) + e0s
         stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
         forces = np.array(prediction.forces[atoms], np.float64)
         results.append(FrameResult(float(energies.sum()), energies, forces, stress))
     return results
+
+
+def _graph(
+    params: Params,
+    dataset: Dataset,
+    chosen: Sequence[int],
+    shape: Shape,
+    *,
+    num_elements: int | None = None,
+    blocks: int = 1,
+) -> Graph:
+    """The frames as one graph, as :func:`predict_batch` says."""
+    graph = pack(dataset, chosen, shape, jax.tree.leaves(params)[0].dtype.name).graph
+    if blocks > 1:
+        graph = in_blocks(graph, blocks, r_max=dataset.r_max, n_row=shape.n_row)
+    spare = max((num_elements or 0) - len(dataset.elements), 0)
+    elements = np.pad(dataset.elements, (0, spare), mode="edge")
+    return graph._replace(elements=jnp.asarray(elements))
+
+
+def _places(
+    model: Potential, dataset: Dataset, chosen: Sequence[int]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Where each frame's atoms are in their batch, and their isolated-atom energies in eV."""
+    start = 0
+    for sample in (dataset.samples[index] for index in chosen):
+        atoms = slice(start, start + len(sample.species))
+        start = atoms.stop
+        yield atoms, model.e0s[sample.head, dataset.elements[sample.species]]
+
+
+def predict_energies(
+    model: Potential,
+    params: Params,
+    frames: Sequence[Frame],
+    *,
+    head: str | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """[frames] eV, total energies alone, as :func:`predict_frames` finds them at a third of the
+    cost."""
+    params = cast(params, working_dtype(params))
+    found = np.zeros(len(frames))
+    if not frames:
+        return found
+    plan = _plan(prepare(frames, model, head=head), batch_size, edges_per_block(None))
+    for chosen in plan.batches:
+        graph = _graph(params, plan.dataset, chosen, plan.shape, blocks=plan.blocks)
+        energies = np.asarray(_node_energies(_Alike(model), params, graph), np.float64)
+        for index, (atoms, e0s) in zip(chosen, _places(model, plan.dataset, chosen), strict=True):
+            found[index] = (energies[atoms] + e0s).sum()
+    return found
 
 
 def predict_frames(
@@ -150,22 +199,30 @@ def predict_frames(
     limit = edges_per_block(max_edges_per_block)
     if not frames:
         return []
-    dataset = prepare(frames, model, head=head)
+    plan = _plan(prepare(frames, model, head=head), batch_size, limit)
     results: dict[int, FrameResult] = {}
-    shape, batches = _plan(dataset, batch_size)
-    blocks = num_blocks(shape.n_row * dataset.row_width, shape.n_node, limit)
-    if blocks > 1:
-        shape = _divisible(dataset, batches, shape, blocks)
-    for chosen in batches:
-        found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks)
+    for chosen in plan.batches:
+        found = predict_batch(model, params, plan.dataset, chosen, plan.shape, blocks=plan.blocks)
         results.update(zip(chosen, found, strict=True))
         if progress is not None:
             progress(len(results), len(frames))
     return [results[i] for i in range(len(frames))]
 
 
-def _plan(dataset: Dataset, batch_size: int) -> tuple[Shape, list[list[int]]]:
-    """The static shape, and which frames share a batch: filled in order of size, largest first."""
+class _Plan(NamedTuple):
+    """How frames are evaluated."""
+
+    dataset: Dataset
+    shape: Shape
+    """That all batches have."""
+    batches: list[list[int]]
+    """Which frames share one."""
+    blocks: int
+    """Parts of each."""
+
+
+def _plan(dataset: Dataset, batch_size: int, limit: int) -> _Plan:
+    """Batches are filled in order of size, largest first; ``limit`` edge slots are a block."""
     nodes = [len(sample.species) for sample in dataset.samples]
     rows = [len(sample.receivers) for sample in dataset.samples]
     n_node = _capacity(sum(sorted(nodes)[-batch_size:]))
@@ -181,7 +238,11 @@ def _plan(dataset: Dataset, batch_size: int) -> tuple[Shape, list[list[int]]]:
         batches[-1].append(i)
         node, row = node + nodes[i], row + rows[i]
     # one more atom and graph for the padding
-    return Shape(n_node + 1, n_row, n_graph + 1), batches
+    shape = Shape(n_node + 1, n_row, n_graph + 1)
+    blocks = num_blocks(shape.n_row * dataset.row_width, shape.n_node, limit)
+    if blocks > 1:
+        shape = _divisible(dataset, batches, shape, blocks)
+    return _Plan(dataset, shape, batches, blocks)
 
 
 def _divisible(dataset: Dataset, batches: list[list[int]], shape: Shape, blocks: int) -> Shape:
