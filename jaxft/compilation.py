@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -344,9 +345,14 @@ def _leaf_key(leaf: Any) -> _Leaf:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:  # numpy, where JAX without x64 makes float32 of float64
         return shape, _canonical(dtype), getattr(leaf, "weak_type", False), None
-    if len(sharding.device_set) == 1 and jax.devices()[0] in sharding.device_set:
-        sharding = None
-    return shape, dtype, leaf.weak_type, sharding
+    return shape, dtype, leaf.weak_type, _elsewhere(sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _elsewhere(sharding: Any) -> Any:
+    """None for a single default device."""
+    devices = sharding.device_set
+    return None if len(devices) == 1 and jax.devices()[0] in devices else sharding
 
 
 def _canonical(dtype: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from jaxft.data import Frame, has_label
-from jaxft.evaluate.predictions import predict_frames
+from jaxft.evaluate.predictions import predict_energies
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
@@ -95,7 +95,7 @@ def estimate(
     Reference: ``--E0s=estimated`` of mace-torch; Tompa et al., arXiv:2606.12704.
     """
     frames = with_energy(frames)
-    predicted = [r.energy for r in predict_frames(model, params, frames, head=head)]
+    predicted = predict_energies(model, params, frames, head=head)
     return correct(energies_of(frames), predicted, own_e0s(model, head), weighting=weighting)
 
 

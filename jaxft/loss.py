@@ -60,7 +60,7 @@ def weighted(
 
     Returns:
       A loss whose info holds ``energy``, ``forces``, ``stress``, and ``virials`` if it has weight:
-      the means, not multiplied by λ.
+      the means, not multiplied by λ; and :func:`mean_squares` under the names ``SQUARES``.
 
     Raises:
       ValueError: an unknown error, a negative λ, none that is positive, or δ not above 0.
@@ -76,12 +76,25 @@ def weighted(
     check_error(error, delta)
 
     def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        found = terms(predict(model, params, batch.graph), batch, error=error, delta=delta)
+        predicted = predict(model, params, batch.graph)
+        found = terms(predicted, batch, error=error, delta=delta)
         if not virials:
             del found["virials"]
-        return sum(lambdas[name] * term for name, term in found.items()), found
+        squares = mean_squares(predicted, batch)
+        info = found | {SQUARES[name]: square for name, square in squares.items()}
+        return sum(lambdas[name] * term for name, term in found.items()), info
 
     return loss
+
+
+SQUARES = {name: f"{name}_squares" for name in ("energy", "forces", "stress")}
+"""Where a loss's info holds :func:`mean_squares`."""
+
+
+def mean_squares(predicted: Prediction | Labels, batch: Batch) -> dict[str, Array]:
+    """⟨(ΔE/N)²⟩, ⟨ΔF²⟩ and ⟨Δσ²⟩ as in :func:`weighted`: whose roots are the RMSE."""
+    found = terms(predicted, batch)
+    return {name: found[name] for name in SQUARES}
 
 
 def terms(

@@ -15,7 +15,7 @@ from rich.text import Text
 from jaxft import data, e0s
 from jaxft.data import Frame
 from jaxft.e0s import Energies, Estimate
-from jaxft.evaluate.predictions import predict_frames
+from jaxft.evaluate.predictions import predict_energies
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
@@ -147,7 +147,7 @@ def preflight(
     atoms = data.isolated_atom_energies(frames)
     if given is not None:
         _check_given(given, energies.elements)
-    predicted = np.array([r.energy for r in predict_frames(model, params, known, head=head)])
+    predicted = predict_energies(model, params, known, head=head)
     estimated, averaged = e0s.correct(energies, predicted, own), e0s.average(known)
     lacking = [chemical_symbols[z] for z in energies.elements if z not in atoms]
     offered: dict[str, Mapping[int, float] | None] = {

@@ -8,20 +8,24 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft import data, parallel
 from jaxft.compilation import Ahead
 from jaxft.data import Dataset, Spread
 from jaxft.graph import Batch, Weights, totals_of
+from jaxft.loss import SQUARES, mean_squares
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, LossFn, Params
 
-METRICS = ("energy", "forces", "stress")
+METRICS = tuple(SQUARES)
 
-TOTALS = {"energy": "energy", "forces": "forces", "stress": "stress", "virials": "stress"}
-"""Which sum of weights a term of the loss is divided by."""
+TOTALS = {
+    **{name: name for name in METRICS},
+    **{SQUARES[name]: name for name in METRICS},
+    "virials": "stress",
+}
+"""Which sum of weights a mean is divided by."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Validator:
     sets: Mapping[str, Spread]
     mesh: Mesh
     programs: Ahead
-    """``(params, batch) -> sums of squares, mean terms, totals``, a program per shape."""
+    """``(params, batch) -> means of terms and squares, totals``, a program per shape."""
     weights: Mapping[str, float]
 
     def start(self, params: Params) -> None:
@@ -52,20 +56,21 @@ class Validator:
         }
 
     def _judged(self, params: Params, batches: Spread) -> dict[str, float]:
-        squares, counts = dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0)
-        losses = dict.fromkeys(self.weights, 0.0)
+        counts = dict.fromkeys(METRICS, 0.0)
+        sums = dict.fromkeys((*self.weights, *SQUARES.values()), 0.0)
         for batch in batches.epoch(0):
             placed = parallel.spread(self.mesh, batch)
-            sums, terms, totals = jax.device_get(self.programs(params, placed))
+            means, totals = jax.device_get(self.programs(params, placed))
             for name in METRICS:
-                squares[name] += float(sums[name])
                 counts[name] += float(getattr(totals, name))
-            for name, mean in terms.items():
-                losses[name] += float(mean) * float(getattr(totals, TOTALS[name]))
-        found = {name: math.sqrt(squares[name] / counts[name]) for name in METRICS if counts[name]}
+            for name, mean in means.items():
+                sums[name] += float(mean) * float(getattr(totals, TOTALS[name]))
+        found = {
+            name: math.sqrt(sums[SQUARES[name]] / counts[name]) for name in METRICS if counts[name]
+        }
         labelled = {n: weight for n, weight in self.weights.items() if counts[TOTALS[n]]}
         if labelled:
-            found["loss"] = sum(w * losses[n] / counts[TOTALS[n]] for n, w in labelled.items())
+            found["loss"] = sum(w * sums[n] / counts[TOTALS[n]] for n, w in labelled.items())
         return found
 
 
@@ -105,23 +110,16 @@ def validator(
         for name, dataset in sets.items()
     }
 
-    def measured(
-        params: Params, batch: Batch
-    ) -> tuple[dict[str, Array], dict[str, Array], Weights]:
+    def measured(params: Params, batch: Batch) -> tuple[dict[str, Array], Weights]:
         totals = parallel.total(totals_of(batch.weights))
         batch = batch._replace(totals=totals)
-        _, terms = loss_fn(params, batch)
-        like = jax.tree.map(lambda leaf: leaf.astype(batch.graph.vectors.dtype), params)
-        predicted = predict(model, like, batch.graph)
-        labels = batch.labels
-        squares = {
-            "energy": ((predicted.energy - labels.energy) / batch.n_atoms) ** 2,
-            "forces": jnp.mean((predicted.forces - labels.forces) ** 2, axis=-1),
-            "stress": jnp.mean((predicted.stress - labels.stress) ** 2, axis=(-2, -1)),
-        }
-        sums = {name: jnp.sum(getattr(batch.weights, name) * x) for name, x in squares.items()}
-        added = parallel.total((sums, {name: terms[name] for name in weights}))
-        return *added, totals
+        _, means = loss_fn(params, batch)
+        if not all(name in means for name in SQUARES.values()):  # a loss of somebody else's
+            like = jax.tree.map(lambda leaf: leaf.astype(batch.graph.vectors.dtype), params)
+            squares = mean_squares(predict(model, like, batch.graph), batch)
+            means = means | {SQUARES[name]: mean for name, mean in squares.items()}
+        wanted = (*weights, *SQUARES.values())
+        return parallel.total({name: means[name] for name in wanted}), totals
 
     programs = Ahead(parallel.per_device(mesh, measured), pool=pool, report=report)
     return Validator(spreads, mesh, programs, weights)

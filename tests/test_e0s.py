@@ -23,7 +23,7 @@ from jaxft.e0s import (
     undetermined,
 )
 from jaxft.evaluate.errors import errors
-from jaxft.evaluate.predictions import predict_frames
+from jaxft.evaluate.predictions import predict_energies, predict_frames
 from jaxft.potential import Potential
 from jaxft.preflight import Choice, Preflight, _best, preflight
 
@@ -306,10 +306,10 @@ def test_preflight_evaluates_the_model_once(
 
     def counting(*args, **options):
         calls.append(1)
-        return predict_frames(*args, **options)
+        return predict_energies(*args, **options)
 
-    monkeypatch.setattr("jaxft.preflight.predict_frames", counting)
-    monkeypatch.setattr("jaxft.e0s.predict_frames", counting)
+    monkeypatch.setattr("jaxft.preflight.predict_energies", counting)
+    monkeypatch.setattr("jaxft.e0s.predict_energies", counting)
     preflight(model, params, frames)
     assert len(calls) == 1
 

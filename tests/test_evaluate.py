@@ -12,13 +12,14 @@ import pytest
 from ase.units import GPa
 from rich.console import Console
 
-from jaxft import data
+from jaxft import data, graph
 from jaxft.calculator import JaxftCalculator
 from jaxft.data import Frame
 from jaxft.evaluate import (
     FrameResult,
     errors,
     parity_plot,
+    predict_energies,
     predict_file,
     predict_frames,
     predictions,
@@ -114,8 +115,19 @@ def test_one_shape_serves_all_batches(tiny, mixed, monkeypatch):
     assert len(done) == len(shapes)
 
 
+def test_energies_alone_are_those_of_the_frames(tiny, mixed, results, monkeypatch):
+    frames = [data.from_atoms(atoms) for atoms in mixed]
+    expected = [result.energy for result in results]
+    found = predict_energies(*tiny, frames)
+    np.testing.assert_allclose(found, expected, atol=ROUNDING, rtol=0)
+    monkeypatch.setitem(graph.EDGES_PER_BLOCK, "cpu", 50)  # in blocks, as a large set would be
+    found = predict_energies(*tiny, frames)
+    np.testing.assert_allclose(found, expected, atol=ROUNDING, rtol=0)
+
+
 def test_no_frames_give_no_results(tiny):
     assert predict_frames(*tiny, []) == []
+    assert len(predict_energies(*tiny, [])) == 0
     with pytest.raises(ValueError, match="batch_size"):
         predict_frames(*tiny, [], batch_size=0)
 

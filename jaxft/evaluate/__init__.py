@@ -6,6 +6,7 @@ from jaxft.evaluate.plots import parity_plot
 from jaxft.evaluate.predictions import (
     FrameResult,
     predict_batch,
+    predict_energies,
     predict_file,
     predict_frames,
     with_results,
@@ -20,6 +21,7 @@ __all__ = [
     "errors",
     "parity_plot",
     "predict_batch",
+    "predict_energies",
     "predict_file",
     "predict_frames",
     "pseudolabel",

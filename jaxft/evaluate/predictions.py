@@ -6,7 +6,7 @@ Isolated-atom energies are added here, on the host and in float64.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,11 @@ def _predict(alike: _Alike, params: Params, graph: Graph) -> Prediction:
     return predict(alike.model, params, graph)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _node_energies(alike: _Alike, params: Params, graph: Graph) -> Array:
+    return alike.model.node_energies(params, graph)
+
+
 def predict_batch(
     model: Potential,
     params: Params,
@@ -116,17 +121,51 @@ def frame_results(
     """Results of the frames of a batch from its prediction (numpy) and isolated-atom energies
     [heads, elements], which are added here."""
     results = []
-    start = 0
-    for g, index in enumerate(chosen):
-        frame, species = dataset.frames[index], dataset.samples[index].species
-        atoms = slice(start, start + len(species))
-        start = atoms.stop
-        own = e0s[dataset.samples[index].head, dataset.elements[species]]
+    places = _places(e0s, dataset, chosen)
+    for g, (index, (atoms, own)) in enumerate(zip(chosen, places, strict=True)):
+        frame = dataset.frames[index]
         energies = np.asarray(prediction.node_energy[atoms], np.float64) + own
         stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
         forces = np.array(prediction.forces[atoms], np.float64)
         results.append(FrameResult(float(energies.sum()), energies, forces, stress))
     return results
+
+
+def _places(
+    e0s: np.ndarray, dataset: Dataset, chosen: Sequence[int]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Where each frame's atoms are in their batch, and their isolated-atom energies in eV."""
+    start = 0
+    for sample in (dataset.samples[index] for index in chosen):
+        atoms = slice(start, start + len(sample.species))
+        start = atoms.stop
+        yield atoms, e0s[sample.head, dataset.elements[sample.species]]
+
+
+def predict_energies(
+    model: Potential,
+    params: Params,
+    frames: Sequence[Frame],
+    *,
+    head: str | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """[frames] eV, total energies alone, as :func:`predict_frames` finds them at a third of the
+    cost."""
+    dtype = working_dtype(params)
+    params = cast(params, dtype)
+    found = np.zeros(len(frames))
+    if not frames:
+        return found
+    dataset = prepare(frames, model, head=head)
+    shape, batches, blocks = plan_batches(dataset, batch_size, edges_per_block(None))
+    for chosen in batches:
+        graph = packed_graph(dataset, chosen, shape, dtype, blocks=blocks)
+        energies = np.asarray(_node_energies(_Alike(model), params, graph), np.float64)
+        places = _places(model.e0s, dataset, chosen)
+        for index, (atoms, own) in zip(chosen, places, strict=True):
+            found[index] = (energies[atoms] + own).sum()
+    return found
 
 
 def predict_frames(

@@ -38,6 +38,8 @@ class Rule:
     """Keys of the works to cite."""
     wrap: Callable[..., optax.GradientTransformation] = _as_it_is
     """``transform, learning_rate, options -> transform``, around all of it."""
+    joins: bool = True
+    """Whether all leaves can be worked on as one vector, and there is something to work on."""
 
 
 def _momentum(b1: float) -> optax.GradientTransformation:
@@ -70,9 +72,14 @@ OPTIMIZERS = {
     "amsgrad": Rule(scale_by_amsgrad, ADAM, ("kingma2015adam", "reddi2018amsgrad")),
     "adamw": Rule(optax.scale_by_adam, ADAM, ("kingma2015adam", DECAY)),
     "schedule_free": Rule(_rms, ADAM, ("defazio2024schedulefree", DECAY), _schedule_free),
-    "muon": Rule(scale_by_muon, ADAM | {"b1": 0.95}, ("jordan2024muon", "kingma2015adam")),
+    "muon": Rule(
+        scale_by_muon,
+        ADAM | {"b1": 0.95},
+        ("jordan2024muon", "kingma2015adam"),
+        joins=False,
+    ),
     "momentum": Rule(_momentum, {"b1": 0.9}),
-    "sgd": Rule(optax.identity),
+    "sgd": Rule(optax.identity, joins=False),
 }
 """What a config may name. ``adamw`` is ``adam``: any optimiser may decay."""
 
@@ -135,7 +142,9 @@ def optimizer(
             "be pulled; set weight_decay > 0."
         )
     rule = OPTIMIZERS[name]
-    parts = [rule.scale(**options)]
+    scale = rule.scale(**options)
+    # one loop instead of several for each of a hundred leaves, all of which have to be compiled
+    parts = [optax.flatten(scale) if rule.joins else scale]
     if weight_decay:
         parts.append(decay(weight_decay, towards=decay_towards))
     parts += [optax.scale_by_learning_rate(learning_rate), scale_by_factor()]
