@@ -24,7 +24,7 @@ from jaxft.typing import Params
 ProgressFn = Callable[[int, int], None]
 """Told (structures done, structures in total)."""
 
-NOT_FINITE = "energy or forces are not finite"
+NOT_FINITE = "energy, forces or stress are not finite"
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class AseCandidate:
 
 
 def _checked(result: FrameResult) -> Outcome:
-    is_finite = np.isfinite(result.energy) and np.isfinite(result.forces).all()
-    return result if is_finite else Flag(NOT_FINITE)
+    numbers = (result.energy, result.forces, 0.0 if result.stress is None else result.stress)
+    return result if all(np.isfinite(n).all() for n in numbers) else Flag(NOT_FINITE)
 
 
 def check_names(candidates: Sequence[Candidate]) -> None:

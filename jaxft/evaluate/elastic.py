@@ -24,7 +24,7 @@ from ase.units import GPa
 
 from jaxft.evaluate.candidate import Candidate, Flag, Outcome, check_names
 from jaxft.evaluate.finding import Finding, Row, Value
-from jaxft.evaluate.relaxation import relax
+from jaxft.evaluate.relaxation import collapse, no_crystal, relax
 
 NORMAL = (-0.01, -0.005, 0.005, 0.01)
 """Of matcalc."""
@@ -91,17 +91,14 @@ def check(
       against: the name of the candidate whose moduli are the reference.
 
     Raises:
-      ValueError: names occur twice or are not known, a structure has no volume, or a kind of strain
-        has fewer than two amplitudes.
+      ValueError: names occur twice or are not known, or a kind of strain has fewer than two
+        amplitudes.
     """
     check_names(candidates)
     if against is not None and against not in [c.name for c in candidates]:
         raise ValueError(f"{against!r} is none of the models; name one of them.")
     if len(set(normal)) < 2 or len(set(shear)) < 2:
         raise ValueError("a slope needs two amplitudes; give at least two of each strain.")
-    for name, atoms in structures.items():
-        if not atoms.pbc.all():
-            raise ValueError(f"{name} is not periodic in three directions: it has no elasticity.")
     found = {
         c.name: _judge(c, structures, relax_first, fmax, steps, normal, shear) for c in candidates
     }
@@ -140,11 +137,14 @@ def _judge(
     normal: Sequence[float],
     shear: Sequence[float],
 ) -> dict[str, Tensors | Flag]:
-    found: dict[str, Tensors | Flag] = {}
-    starts = dict(structures)
+    found: dict[str, Tensors | Flag] = {
+        name: Flag(reason) for name, atoms in structures.items() if (reason := no_crystal(atoms))
+    }
+    starts = {name: atoms for name, atoms in structures.items() if name not in found}
     if relax_first:
-        relaxed = relax(candidate, list(structures.values()), fmax=fmax, steps=steps)
-        for (name, _), result in zip(structures.items(), relaxed, strict=True):
+        crystals = list(starts.values())
+        relaxed = relax(candidate, crystals, fmax=fmax, steps=steps, stop=collapse)
+        for name, result in zip(list(starts), relaxed, strict=True):
             starts[name] = result.atoms
             if result.flag is not None:
                 found[name] = Flag(f"not relaxed: {result.flag}")

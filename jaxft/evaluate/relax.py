@@ -11,7 +11,8 @@ from ase.units import GPa
 
 from jaxft.evaluate.candidate import Candidate, check_names
 from jaxft.evaluate.finding import Finding, Row, Value
-from jaxft.evaluate.relaxation import Relaxed, relax
+from jaxft.evaluate.relaxation import Relaxed, collapse, relax
+from jaxft.evaluate.spacegroups import space_group
 
 UNITS = {
     "steps": "",
@@ -65,7 +66,7 @@ def check(
     check_names(candidates)
     if not structures:
         raise ValueError("no structures to relax; give at least one.")
-    before = {name: space_group(atoms, symprec) for name, atoms in structures.items()}
+    before = {name: _group(atoms, symprec) for name, atoms in structures.items()}
     rows = []
     for candidate in candidates:
         found = relax(
@@ -76,6 +77,7 @@ def check(
             steps=steps,
             optimizer=optimizer,
             pressure=pressure * GPa,
+            stop=collapse,
         )
         start = dict(zip(structures, candidate.evaluate(list(structures.values())), strict=True))
         for (name, atoms), result in zip(structures.items(), found, strict=True):
@@ -109,7 +111,7 @@ def _values(
     length = displacement(start, result.atoms)
     values["rmsd_length"] = length
     if start.pbc.all():
-        after = space_group(result.atoms, symprec)
+        after = _group(result.atoms, symprec)
         volume = result.atoms.get_volume()
         values |= {
             "volume_change": 100 * (volume / start.get_volume() - 1),
@@ -134,23 +136,7 @@ def displacement(before: ase.Atoms, after: ase.Atoms) -> float:
     return float(np.sqrt((moved**2).sum(axis=1).mean()))
 
 
-def space_group(atoms: ase.Atoms, symprec: float) -> str | None:
-    """``Fm-3m (225)`` by spglib; None of what is not periodic in three directions or not found.
-
-    Raises:
-      ImportError: spglib is not installed.
-    """
-    if not atoms.pbc.all():
-        return None
-    try:
-        import spglib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "space groups need spglib, which is not installed;\nuse pip install 'jaxft[phonons]'."
-        ) from error
-    cell = (atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
-    try:
-        found = spglib.get_symmetry_dataset(cell, symprec=symprec)
-    except spglib.SpglibError:
-        return None
-    return None if found is None else f"{found.international} ({found.number})"
+def _group(atoms: ase.Atoms, symprec: float) -> str | None:
+    """``Fm-3m (225)``; None of what is not periodic in three directions or not found."""
+    found = space_group(atoms, symprec) if atoms.pbc.all() else None
+    return None if found is None else str(found)

@@ -26,6 +26,10 @@ OPTIMIZERS: dict[str, Any] = {"FIRE": FIRE, "LBFGS": LBFGS, "BFGS": BFGS}
 StopFn = Callable[[ase.Atoms], str | None]
 """Why a relaxation is not worth another step, or None."""
 
+COLLAPSED, VANISHED = 0.2, 0.1
+"""No relaxation goes on with atoms closer than this part of their covalent radii's sum, or in so
+little of their covalent spheres' volume."""
+
 NO_STRESS = "there is no stress, so the cell cannot be relaxed"
 
 
@@ -142,6 +146,16 @@ class _Job:
         self.flag, self.is_done = flag, True
 
 
+def collapse(atoms: ase.Atoms) -> str | None:
+    """Why a structure is none any more, see ``COLLAPSED``; None if it is one."""
+    spheres = 4 / 3 * np.pi * covalent_radii[atoms.numbers] ** 3
+    if atoms.pbc.all() and volume_per_atom(atoms) < VANISHED * spheres.mean():
+        return "the cell collapsed"
+    if closeness(atoms, most=2 * COLLAPSED) < COLLAPSED:
+        return "atoms fell onto each other"
+    return None
+
+
 def closeness(atoms: ase.Atoms, *, most: float = 1.0) -> float:
     """The smallest distance over the sum of the two covalent radii, images included.
 
@@ -151,6 +165,13 @@ def closeness(atoms: ase.Atoms, *, most: float = 1.0) -> float:
     radii = covalent_radii[atoms.numbers]
     i, j, distance = neighbor_list("ijd", atoms, most * radii)
     return float((distance / (radii[i] + radii[j])).min(initial=most))
+
+
+def no_crystal(atoms: ase.Atoms) -> str | None:
+    """Why a structure has no volume; None if it has one."""
+    if not atoms.pbc.all() or atoms.cell.rank < 3:
+        return "it is not periodic in three directions and has no volume"
+    return None
 
 
 def volume_per_atom(atoms: ase.Atoms) -> float:
