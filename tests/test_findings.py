@@ -56,10 +56,11 @@ def candidate(name, *arguments):
     return AseCandidate(name, Scaled(*arguments))
 
 
-def labelled(symbol, count, *, seed=0, config_type="Default", amplitude=0.05):
+def labelled(symbol, count, *, seed=0, config_type="Default", amplitude=0.05, first=None):
     found = []
     for i in range(count):
         atoms = ase.build.bulk(symbol, cubic=True)
+        atoms.symbols[0] = first or symbol
         atoms.rattle(amplitude, seed=seed + i)
         (result,) = candidate("truth").evaluate([atoms])
         found.append(
@@ -210,7 +211,7 @@ def test_errors_of_several_models_are_those_of_each():
 def test_errors_are_what_a_plain_loop_says():
     """Every column, in its unit, from known noise on the labels."""
     rng = np.random.default_rng(0)
-    frames = labelled("Cu", 3)
+    frames = labelled("Cu", 3, first="Al")
     noisy = [
         replace(
             f,
@@ -221,7 +222,8 @@ def test_errors_are_what_a_plain_loop_says():
         for f in frames
     ]
     found = accuracy.check([candidate("exact")], noisy)
-    (total,) = [r for r in found.to_dict()["rows"] if r["subject"] == "total"]
+    rows = {r["subject"]: r for r in found.to_dict()["rows"]}
+    total = rows["total"]
     pairs = list(zip(frames, noisy, strict=True))
     wrong = {
         "energy": [(f.energy - n.energy) / len(f) for f, n in pairs],
@@ -232,6 +234,11 @@ def test_errors_are_what_a_plain_loop_says():
         assert total[f"{name}_mae"] == pytest.approx(1e3 * np.abs(differences).mean())
         assert total[f"{name}_rmse"] == pytest.approx(1e3 * np.sqrt(np.square(differences).mean()))
     assert total["stress_rmse_gpa"] == pytest.approx(total["stress_rmse"] * 0.1602176634)
+    aluminium = np.array([difference[0] for difference in wrong["forces"]])  # the first atom
+    for name, own in (("mae", abs(aluminium).mean()), ("rmse", np.sqrt((aluminium**2).mean()))):
+        assert rows["element Al"][f"forces_{name}"] == pytest.approx(1e3 * own)
+    assert rows["element Al"]["atoms"] == 3
+    assert rows["element Cu"]["atoms"] == 9
     lengths = np.linalg.norm(np.concatenate(wrong["forces"]), axis=1)
     assert total["forces_p95"] == pytest.approx(1e3 * np.quantile(lengths, 0.95))
     cosines = [
@@ -482,7 +489,7 @@ def test_heads_are_judged_one_by_one(small, folder, tmp_path):
 
 
 def test_wide_results_are_split_into_tables_that_fit_and_flags_are_told_in_full():
-    units = {f"column_{k}": "meV/atom" for k in range(9)} | {"rare": ""}
+    units = {f"column{k}_mae": "meV/atom" for k in range(9)} | {"rare": ""}
     reason = "exploded after a long and winding road of several hundred steps"
     rows = (
         Row("base", "x", {c: 1.0 for c in units if c != "rare"}),
@@ -494,7 +501,7 @@ def test_wide_results_are_split_into_tables_that_fit_and_flags_are_told_in_full(
         console.print(part)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
-    assert all(text.count(f"column {k}") == 1 for k in range(9))
+    assert all(text.count(f"column{k}") == 1 for k in range(9))
     assert text.count("toy") == 1
     assert f"! base, y: {reason}" in " ".join(text.split())
     assert len(parts) == 3

@@ -406,7 +406,7 @@ def test_a_spurious_well_is_found_where_it_was_put(place, deep, said):
         6.0,
     )
     judged = [morse(), AseCandidate("spurious", spurious)]
-    good, bad = diatomics.check(judged, ["Cu"], against="morse", points=600).rows
+    good, bad = diatomics.check(judged, ["Cu"], against="morse", points=300).rows
     assert (good.values["minima"], good.values["force_flips"]) == (1, 1)
     assert (bad.values["minima"], bad.values["force_flips"]) == (2, 3)
     assert said in bad.flag

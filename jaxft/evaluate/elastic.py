@@ -36,6 +36,8 @@ FLOPPY = 1e-2
 """eV/Å²; force constants below it are no resistance."""
 RESIDUAL = 0.5
 """GPa; a larger stress at zero strain means that this is no equilibrium."""
+DIGITS = 6
+"""Of GPa, in the rows of tensors; what is smaller is rounding."""
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 UNITS = {
@@ -126,6 +128,17 @@ NOTES = (
     "engineering strains. Relaxed ions by linear response. A lowest eigenvalue of C below 0 is "
     "mechanically unstable.",
 )
+
+
+def tables(finding: Finding) -> list[Finding]:
+    """For a terminal: moduli and flags, then tensors."""
+
+    def part(name: str, is_tensor: bool) -> Finding:
+        rows = tuple(row for row in finding.rows if ("c_xx" in row.values) is is_tensor)
+        units = {c: u for c, u in finding.units.items() if c.startswith("c_") is is_tensor}
+        return Finding(name, rows, units)
+
+    return [found for found in (part(finding.check, False), part("tensors", True)) if found.rows]
 
 
 def _judge(
@@ -258,7 +271,7 @@ def _rows(
             "residual_stress": found.residual,
         }
         rows.append(Row(model, f"{name}, {kind}", values, _warning(found, c)))
-        for axis, line in zip(VOIGT, c.tolist(), strict=True):
+        for axis, line in zip(VOIGT, (np.round(c, DIGITS) + 0.0).tolist(), strict=True):
             numbers = {f"c_{other}": value for other, value in zip(VOIGT, line, strict=True)}
             rows.append(Row(model, f"{name}, {kind}, {axis}", numbers))
     return rows

@@ -30,6 +30,8 @@ UNITS = {
     "phase_error": "meV/atom",
 }
 REFERENCE = "reference"
+DRAWN = 200
+"""Points of an equation in a picture."""
 MOST_MOVES = 4
 """How often the range follows a minimum that lies outside."""
 
@@ -259,10 +261,14 @@ def _picture(
         lines.append(Line(REFERENCE, reference.volumes, energies, is_reference=True))
     for model, results in found.items():
         curve = results[name].curve
-        if curve is not None:
-            equation = results[name].equation
-            lowest = equation.e0 if equation else curve.energies.min()
-            lines.append(Line(model, curve.volumes, 1e3 * (curve.energies - lowest)))
+        if curve is None:
+            continue
+        equation, points = results[name].equation, curve.volumes
+        lowest = equation.e0 if equation else curve.energies.min()
+        lines.append(Line(model, points, 1e3 * (curve.energies - lowest), is_scatter=True))
+        if equation is not None:
+            dense = np.linspace(points[0], points[-1], DRAWN)
+            lines.append(Line(model, dense, 1e3 * equation.energy(dense)))
     return Picture(name, "volume, Å³/atom", "energy above the minimum, meV/atom", tuple(lines))
 
 

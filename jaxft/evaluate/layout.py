@@ -12,58 +12,52 @@ from rich.text import Text
 
 from jaxft.evaluate.finding import Finding
 
+UNBOUNDED = 10_000
+"""Characters; wide enough for any table."""
+
 
 def fitted(finding: Finding, console: Console) -> list[RenderableType]:
-    """One table if it fits; else several, of as many columns as fit, and the flags as a list.
+    """One table if it fits; else as few of as many columns each as do, and the flags as a list.
 
     A table of some columns leaves out the rows that have nothing in them.
     """
     whole = finding.render()
     if _fits(whole, console):
         return [whole]
-    tables: list[RenderableType] = []
-    columns: list[str] = []
-    for column in finding.units:
-        wider = _part(finding, [*columns, column], is_first=not tables)
-        if columns and wider is not None and not _fits(wider, console):
-            tables += _parts(finding, columns, is_first=not tables)
-            columns = []
-        columns.append(column)
-    tables += _parts(finding, columns, is_first=not tables)
-    return [*tables, *flag_lines(finding)]
+    shown = [c for c in finding.units if any(r.values.get(c) is not None for r in finding.rows)]
+    tables: list[Table] = []
+    for count in range(1, len(shown) + 1):
+        size = -(-len(shown) // count)
+        parts = [shown[i : i + size] for i in range(0, len(shown), size)]
+        tables = [_part(finding, part) for part in parts]
+        if all(_fits(table, console) for table in tables):
+            break
+    for table in tables[1:]:
+        table.title = None
+    return [*(tables or [Text(finding.check)]), *flag_lines(finding)]
 
 
 def flag_lines(finding: Finding) -> list[RenderableType]:
-    """Each flag with its model and subject, indented below the first line."""
+    """Each flag with its model and subject."""
     lines = [Text(f"! {row.model}, {row.subject}: {row.flag}") for row in finding.flags]
     return [Padding(line, (0, 0, 0, 1)) for line in lines]
 
 
 def _fits(table: Table, console: Console) -> bool:
-    return console.measure(table, options=console.options.update(width=10_000)).maximum <= (
-        console.width
-    )
+    wide = console.options.update(width=UNBOUNDED)
+    return console.measure(table, options=wide).maximum <= console.width
 
 
-def _parts(finding: Finding, columns: Sequence[str], *, is_first: bool) -> list[RenderableType]:
-    found = _part(finding, columns, is_first=is_first)
-    return [] if found is None else [found]
-
-
-def _part(finding: Finding, columns: Sequence[str], *, is_first: bool) -> Table | None:
-    """Without flags; None where no row has a value."""
+def _part(finding: Finding, columns: Sequence[str]) -> Table:
+    """Some columns without the flags; a word of the heading per line."""
     rows = [
-        replace(row, values={c: row.values[c] for c in columns if c in row.values}, flag=None)
+        replace(row, values={c: v for c in columns if (v := row.values.get(c)) is not None})
         for row in finding.rows
     ]
-    rows = [row for row in rows if any(value is not None for value in row.values.values())]
-    if not rows:
-        return None
+    rows = [replace(row, flag=None) for row in rows if row.values]
     units = {column: finding.units[column] for column in columns}
     table = replace(finding, rows=tuple(rows), units=units).render()
-    if not is_first:
-        table.title = None
-    for column in table.columns:  # narrow: a word of the heading per line
+    for column in table.columns:
         column.header = str(column.header).replace(" ", "\n")
         column.vertical = "bottom"
     return table

@@ -126,7 +126,7 @@ class _Job:
         """Take the results of where it is; move, unless it is done."""
         if isinstance(outcome, Flag):
             self.atoms.calc, self.fmax = None, None
-            return self._end(f"{outcome.reason} (after {self.steps} steps)")
+            return self._end(self._after(outcome.reason))
         self.atoms.calc = SinglePointCalculator(self.atoms, **ase_results(outcome))
         if self.cell and outcome.stress is None:
             return self._end(NO_STRESS)
@@ -135,12 +135,15 @@ class _Job:
         if self.fmax < fmax:
             return self._end(None)
         if reason := stop(self.atoms) if stop is not None else None:
-            return self._end(f"{reason} (after {self.steps} steps)")
+            return self._end(self._after(reason))
         if self.steps == steps:
             return self._end(f"not converged in {steps} steps: {self.fmax:.3g} eV/Å are left")
         self._inner.step()
         self.steps += 1
         return None
+
+    def _after(self, reason: str) -> str:
+        return f"{reason} (after {self.steps} steps)" if self.steps else reason
 
     def _end(self, flag: str | None) -> None:
         self.flag, self.is_done = flag, True
