@@ -406,6 +406,22 @@ def test_frames_above_the_limit_are_left_out_and_counted():
         softening.check([candidate("a")], frames, max_force=1e-9)
 
 
+def test_a_model_that_explodes_is_flagged_and_the_rest_stays():
+    sound = labelled("Cu", 2)
+    gold = [replace(f, atomic_numbers=np.full(4, 79), source="gold") for f in labelled("Cu", 1)]
+    copper, lost, mean = softening.check([candidate("a", 0.9)], sound + gold).rows
+    assert copper.values["slope"] == mean.values["slope"] == pytest.approx(0.9)
+    assert "slope" not in lost.values
+    assert lost.flag == f"1 of 1 frames left out, first gold: {NOT_FINITE}"
+    assert "1 of 3 frames left out" in mean.flag
+    found = forget.check(candidate("base", 0.9), [candidate("worse", 0.7)], sound + gold)
+    assert [row.flag is None for row in found.rows] == [False] * 3
+    assert found.rows[1].values["forces_ratio"] == pytest.approx(3.0)
+    nothing = forget.check(candidate("base"), [candidate("worse")], gold)
+    assert nothing.rows[1].values == {"frames": 0}
+    assert "1 of 1 frames left out" in nothing.rows[1].flag
+
+
 def test_numbers_of_a_finding_are_plain():
     found = softening.check([candidate("a", 0.5)], labelled("Cu", 1))
     for row in found.to_dict()["rows"]:

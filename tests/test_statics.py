@@ -220,6 +220,7 @@ def test_references_of_other_cells_are_refused(tmp_path):
 def test_a_cubic_crystal_of_springs_has_the_constants_of_the_textbook():
     """c11 = k/a; neighbours along the axes alone resist neither c12 nor c44."""
     atoms = ase.Atoms("Cu", cell=[3.0] * 3, pbc=True)
+    assert elastic._strains([0.01, 0.02], [0.01, 0.02])[-1].tolist() == [0, 0, 0, 0, 0, 0.04]
     found = elastic.check([springs()], {"sc": atoms}, relax_first=False)
     rows = {row.subject: row for row in found.rows}
     k_over_a = 2.0 / 3.0 / GPa
@@ -237,6 +238,10 @@ def test_bulk_modulus_is_that_of_the_equation_of_state():
     assert row.values["k_vrh"] == pytest.approx(expected, rel=5e-3)
     assert row.values["asymmetry"] < 0.5
     assert found.settings["normal_strains"] == list(elastic.NORMAL)
+    moduli, tensors = elastic.tables(found)
+    assert [r.subject for r in moduli.rows] == [f"Cu, {kind}" for kind in elastic.KINDS]
+    assert len(tensors.rows) == 12
+    assert set(moduli.units) | set(tensors.units) == set(elastic.UNITS)
 
 
 def test_relaxed_ions_are_those_of_an_optimiser():

@@ -87,22 +87,13 @@ class JaxCandidate:
         """As :class:`Candidate` says; structures that cannot be are flagged before any compiles."""
         frames = [unlabelled(atoms, source=str(atoms.symbols)) for atoms in structures]
         try:
-            flags = dict[int, Flag]()
-            prepare(frames, self.model, head=self.head)
-        except ValueError:
+            return [_checked(result) for result in self._predict(frames, progress)]
+        except ValueError:  # of some frame, before anything was compiled
             flags = {i: flag for i, frame in enumerate(frames) if (flag := self._flag(frame))}
+            if not flags:
+                raise
         sound = [frame for i, frame in enumerate(frames) if i not in flags]
-        found = iter(
-            predict_frames(
-                self.model,
-                self.params,
-                sound,
-                head=self.head,
-                batch_size=self.batch_size,
-                dtype=self.dtype,
-                progress=progress,
-            )
-        )
+        found = iter(self._predict(sound, progress))
         return [flags[i] if i in flags else _checked(next(found)) for i in range(len(frames))]
 
     def ase_calculator(self) -> Calculator:
@@ -110,6 +101,17 @@ class JaxCandidate:
         from jaxft.calculator import JaxftCalculator
 
         return JaxftCalculator(self.model, self.params, head=self.head, dtype=self.dtype)
+
+    def _predict(self, frames: Sequence[Frame], progress: ProgressFn | None) -> list[FrameResult]:
+        return predict_frames(
+            self.model,
+            self.params,
+            frames,
+            head=self.head,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            progress=progress,
+        )
 
     def _flag(self, frame: Frame) -> Flag | None:
         try:

@@ -34,7 +34,8 @@ def fitted(finding: Finding, console: Console) -> list[RenderableType]:
             break
     for table in tables[1:]:
         table.title = None
-    return [*(tables or [Text(finding.check)]), *flag_lines(finding)]
+    heading = [] if tables else [Text(finding.check)]
+    return [*heading, *tables, *flag_lines(finding)]
 
 
 def flag_lines(finding: Finding) -> list[RenderableType]:
