@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import ase
@@ -17,7 +17,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from jaxft.data import Frame, prepare, unlabelled
-from jaxft.evaluate.predictions import FrameResult, predict_frames, working_dtype
+from jaxft.evaluate.predictions import FrameResult, Room, predict_frames, working_dtype
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
@@ -67,6 +67,7 @@ class JaxCandidate:
       head: of the model; not needed with one head.
       batch_size: largest structures per batch.
       dtype: as in :func:`jaxft.evaluate.predict_frames`.
+      room: of structures that move, see :meth:`steady`.
     """
 
     name: str
@@ -75,6 +76,7 @@ class JaxCandidate:
     head: str | None = None
     batch_size: int = 16
     dtype: str | None = None
+    room: Room | None = None
 
     @property
     def working_dtype(self) -> str:
@@ -111,7 +113,12 @@ class JaxCandidate:
             batch_size=self.batch_size,
             dtype=self.dtype,
             progress=progress,
+            room=self.room,
         )
+
+    def steady(self) -> JaxCandidate:
+        """The same for one set of structures as they move: it compiles few programs."""
+        return replace(self, room=Room())
 
     def _flag(self, frame: Frame) -> Flag | None:
         try:

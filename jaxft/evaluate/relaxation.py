@@ -18,7 +18,7 @@ from ase.filters import FrechetCellFilter
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS, FIRE, LBFGS
 
-from jaxft.evaluate.candidate import Candidate, Flag, Outcome
+from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate, Outcome
 from jaxft.evaluate.predictions import ase_results
 
 OPTIMIZERS: dict[str, Any] = {"FIRE": FIRE, "LBFGS": LBFGS, "BFGS": BFGS}
@@ -89,12 +89,13 @@ def relax(
         raise ValueError(f"fmax={fmax} and steps={steps} must be positive; give others.")
     jobs = [_Job(s, cell=cell, pressure=pressure, optimizer=optimizer) for s in structures]
     active = list(jobs)
+    judge = candidate.steady() if isinstance(candidate, JaxCandidate) else candidate
     while active:
         # Batches keep their size while structures finish: no shape of fewer is compiled.
         size = min(len(jobs), max(len(active), getattr(candidate, "batch_size", 1)))
         rest = [job for job in jobs if job.is_done and job.flag is None]
         batch = [*active, *rest[: size - len(active)]]
-        outcomes = candidate.evaluate([job.atoms for job in batch])
+        outcomes = judge.evaluate([job.atoms for job in batch])
         for job, outcome in zip(active, outcomes[: len(active)], strict=True):
             job.advance(outcome, fmax, steps, stop)
         active = [job for job in active if not job.is_done]
