@@ -1,5 +1,7 @@
 """Equations of state, elasticity, relaxation, pairs, smoothness and holes, on analytic models."""
 
+import sys
+
 import ase
 import ase.build
 import numpy as np
@@ -18,6 +20,7 @@ from jaxft.evaluate.equation import Equation, delta, fit
 from jaxft.evaluate.randomstructures import formula_of, random_crystals
 from jaxft.evaluate.relaxation import closeness
 from jaxft.evaluate.relaxation import relax as relax_all
+from jaxft.report.findings import findings_page
 
 
 class Pair(Calculator):
@@ -80,6 +83,19 @@ class Broken(Calculator):
         super().calculate(atoms, properties, system_changes)
         nan = np.full((len(atoms), 3), np.nan)
         self.results = {"energy": np.nan, "forces": nan, "stress": np.zeros(6)}
+
+
+class Doubled(Calculator):
+    """Twice EMT."""
+
+    implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012
+
+    def calculate(self, atoms=None, properties=(), system_changes=tuple(all_changes)):
+        super().calculate(atoms, properties, system_changes)
+        copy = atoms.copy()
+        copy.calc = EMT()
+        found = copy.get_potential_energy(), copy.get_forces(), copy.get_stress()
+        self.results = dict(zip(self.implemented_properties, (2 * x for x in found), strict=True))
 
 
 EMT_ONE = AseCandidate("emt", EMT())
@@ -147,6 +163,42 @@ def test_the_range_follows_the_minimum_and_a_reference_is_compared():
     assert "finite" in broken.flag
 
 
+def test_phases_are_told_by_the_energy_above_the_first_of_their_composition():
+    phases = {
+        "fcc": ase.build.bulk("Cu", a=3.6),
+        "bcc": ase.build.bulk("Cu", "bcc", a=2.86, cubic=True),
+        "Al": ase.build.bulk("Al"),
+    }
+    double = AseCandidate("double", Doubled())
+    found = eos.check([EMT_ONE, double], phases, against="emt")
+    rows = {(row.model, row.subject): row for row in found.rows}
+    above = rows["emt", "bcc"].values["phase_energy"]
+    calculators = []
+    for name in ("fcc", "bcc"):
+        atoms = phases[name].copy()
+        atoms.calc = EMT()
+        FIRE(FrechetCellFilter(atoms), logfile=None).run(fmax=1e-3)
+        calculators.append(1e3 * atoms.get_potential_energy() / len(atoms))
+    assert above == pytest.approx(calculators[1] - calculators[0], abs=0.05)
+    assert rows["double", "bcc"].values["phase_error"] == pytest.approx(above)
+    assert "phase_error" not in rows["emt", "bcc"].values
+    assert "phase_energy" not in rows["emt", "fcc"].values
+    assert "phase_energy" not in rows["emt", "Al"].values
+
+
+def test_what_has_no_volume_is_a_flag_and_the_others_stay():
+    some = {
+        "molecule": ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2]], cell=[9] * 3),
+        "Cu": ase.build.bulk("Cu", a=3.6),
+    }
+    lost, sound = eos.check([EMT_ONE], some).rows
+    assert "no volume" in lost.flag
+    assert sound.flag is None
+    rows = elastic.check([EMT_ONE], some, fmax=0.05).rows
+    assert "no volume" in rows[0].flag
+    assert rows[2].values["k_vrh"] > 0
+
+
 def test_repulsion_alone_has_no_equation_of_state():
     repulsive = AseCandidate("wall", Pair(lambda d: np.exp(-d), lambda d: -np.exp(-d), 6.0))
     (row,) = eos.check([repulsive], {"Cu": ase.build.bulk("Cu")}).rows
@@ -171,6 +223,7 @@ def test_references_of_other_cells_are_refused(tmp_path):
 def test_a_cubic_crystal_of_springs_has_the_constants_of_the_textbook():
     """c11 = k/a; neighbours along the axes alone resist neither c12 nor c44."""
     atoms = ase.Atoms("Cu", cell=[3.0] * 3, pbc=True)
+    assert elastic._strains([0.01, 0.02], [0.01, 0.02])[-1].tolist() == [0, 0, 0, 0, 0, 0.04]
     found = elastic.check([springs()], {"sc": atoms}, relax_first=False)
     rows = {row.subject: row for row in found.rows}
     k_over_a = 2.0 / 3.0 / GPa
@@ -188,6 +241,10 @@ def test_bulk_modulus_is_that_of_the_equation_of_state():
     assert row.values["k_vrh"] == pytest.approx(expected, rel=5e-3)
     assert row.values["asymmetry"] < 0.5
     assert found.settings["normal_strains"] == list(elastic.NORMAL)
+    moduli, tensors = elastic.tables(found)
+    assert [r.subject for r in moduli.rows] == [f"Cu, {kind}" for kind in elastic.KINDS]
+    assert len(tensors.rows) == 12
+    assert set(moduli.units) | set(tensors.units) == set(elastic.UNITS)
 
 
 def test_relaxed_ions_are_those_of_an_optimiser():
@@ -233,16 +290,29 @@ def rattled(a, seed):
 
 def test_structures_relax_together_as_each_would_alone():
     starts = [rattled(3.5, 1), rattled(3.8, 2)]
-    found = relax_all(EMT_ONE, starts, fmax=0.02, pressure=2 * GPa)
+    found = relax_all(EMT_ONE, starts, fmax=0.05, pressure=2 * GPa)
     for start, result in zip(starts, found, strict=True):
         alone = start.copy()
         alone.calc = EMT()
         optimizer = FIRE(FrechetCellFilter(alone, scalar_pressure=2 * GPa), logfile=None)
-        optimizer.run(fmax=0.02, steps=500)
+        optimizer.run(fmax=0.05, steps=500)
         assert result.steps == optimizer.nsteps
         assert result.is_converged
         np.testing.assert_allclose(result.atoms.positions, alone.positions, atol=1e-10)
         np.testing.assert_allclose(result.atoms.cell, alone.cell, atol=1e-10)
+
+
+def test_structures_that_move_share_programs(small):
+    ours = JaxCandidate("ours", *small).steady()
+    found, shapes = [], []
+    for a in (7.0, 5.6, 4.4, 3.6, 7.0):
+        (outcome,) = ours.evaluate([ase.build.bulk("NaCl", "rocksalt", a=a)])
+        found.append(outcome.energy)
+        shapes.append((ours.room.row_width, ours.room.shape))
+    assert len(set(shapes)) <= 3
+    assert shapes[4] == shapes[3] != shapes[0]  # nothing shrinks
+    assert found[4] == pytest.approx(found[0], abs=1e-9)
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
 
 
 def test_relaxations_that_fail_are_flagged_and_the_others_go_on():
@@ -256,6 +326,21 @@ def test_relaxations_that_fail_are_flagged_and_the_others_go_on():
     assert "not converged in 3 steps" in far.flag
     assert far.values["steps"] == 3
     assert all("finite" in row.flag for row in broken)
+
+
+def test_what_collapses_is_stopped_and_flagged():
+    """Attraction without a wall: the cell would shrink for as many steps as there are."""
+    sink = AseCandidate("sink", Pair(lambda d: -90 / d, lambda d: 90 / d**2, 4.0))
+    cells = {"Cu": rattled(3.6, 0), "near": ase.build.bulk("Cu", a=3.6)}
+    cells["on top"] = ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 1e-9]], cell=[4] * 3, pbc=True)
+    pytest.importorskip("spglib")
+    found = relax.check([sink, EMT_ONE], cells, fmax=1e-3, steps=40)
+    rows = {(row.model, row.subject): row for row in found.rows}
+    assert "collapsed" in rows["sink", "Cu"].flag
+    assert rows["sink", "Cu"].values["steps"] < 40
+    assert "fell onto each other" in rows["emt", "on top"].flag
+    assert rows["emt", "near"].flag is None
+    assert "collapsed" in elastic.check([sink], {"Cu": cells["near"]}).rows[0].flag
 
 
 def test_displacements_ignore_shifts_strains_and_cell_boundaries():
@@ -325,6 +410,32 @@ def test_a_hole_in_the_wall_of_a_pair_is_seen():
     assert bad.values["tortuosity"] > 1
     assert bad.values["wall_distance"] > 0.1
     assert "100 of 100 points" in broken.flag
+
+
+@pytest.mark.parametrize(
+    ("place", "deep", "said"), [(1.5, 6.0, "2 minima"), (1.2, 60.0, "a hole: the lowest energy")]
+)
+def test_a_spurious_well_is_found_where_it_was_put(place, deep, said):
+    plain = morse().calculator
+
+    def well(d):
+        return deep * np.exp(-(((d - place) / 0.1) ** 2))
+
+    spurious = Pair(
+        lambda d: plain.pair(d) - well(d),
+        lambda d: plain.slope(d) + 2 * (d - place) / 0.01 * well(d),
+        6.0,
+    )
+    judged = [morse(), AseCandidate("spurious", spurious)]
+    good, bad = diatomics.check(judged, ["Cu"], against="morse", points=300).rows
+    assert (good.values["minima"], good.values["force_flips"]) == (1, 1)
+    assert (bad.values["minima"], bad.values["force_flips"]) == (2, 3)
+    assert said in bad.flag
+    # up to the well, down to its side, up again, down: what the plain curve does not walk
+    assert bad.values["tortuosity"] > good.values["tortuosity"] + 1e-3
+    # the difference of the curves is the well; its integral is known
+    expected = deep * 0.1 * np.sqrt(np.pi) / (6.0 - 0.18)
+    assert bad.values["energy_mae"] == pytest.approx(expected, rel=5e-3)
 
 
 def test_pairs_are_all_pairs_and_have_a_mean():
@@ -434,14 +545,20 @@ def test_an_unknown_cutoff_is_said(rattled_cells):
     assert "finite" in rows[-1].flag
 
 
-def test_a_potential_of_ours_is_smooth(tiny):
-    ours = JaxCandidate("ours", *tiny)
+def test_a_potential_of_ours_is_smooth(small):
+    ours = JaxCandidate("ours", *small)
     atoms = ase.Atoms("OCH", [[0, 0, 0], [1.3, 0.1, 0], [2.0, 0.9, 0.2]])
-    (row,) = smoothness.check([ours], {"molecule": atoms}).rows
-    assert row.flag is None
-    assert row.values["force_jump"] < 1e-3
-    assert row.values["force_difference"] < 1e-2
-    assert set(row.values) <= set(smoothness.UNITS)
+    crystal = ase.build.bulk("NaCl", "rocksalt", a=5.0)
+    crystal.rattle(0.1, seed=1)
+    assert crystal.cell.lengths().max() < ours.model.r_max  # images of images are neighbours
+    found = smoothness.check([ours], {"molecule": atoms, "crystal": crystal})
+    for row in found.rows:
+        assert row.flag is None
+        assert row.values["force_jump"] < 1e-3
+        assert row.values["force_difference"] < 1e-2
+        assert set(row.values) <= set(smoothness.UNITS)
+    assert found.rows[1].values["supercell"] < 1e-8
+    assert found.rows[1].values["stress_difference"] < 1e-2
     assert 2 * ours.model.r_max < probes.APART
 
 
@@ -463,7 +580,7 @@ def test_a_holey_potential_is_caught_and_a_sound_one_is_not():
     fallen = crystals(1)[0]
     fallen.positions[1] = fallen.positions[0] + [0.7, 0, 0]  # beyond the wall
     found = rss.check(
-        [morse(), holey()], {"Cu": [*some, fallen]}, pressures=[0.1], rounds=2, steps=20
+        [morse(), holey()], {"Cu": [*some, fallen]}, pressures=[0.1], rounds=2, steps=8
     )
     good, bad = found.rows
     assert good.values["holes"] == 0
@@ -508,6 +625,10 @@ def test_a_broken_model_is_all_holes_and_says_why():
     (row,) = rss.check([BROKEN], {"Cu": crystals(3)}, pressures=[0.1], steps=2).rows
     assert row.values["failed"] == row.values["holes"] == 3
     assert "finite" in row.flag
+    again = AseCandidate("again", Broken())
+    two = rss.check([BROKEN, again], {"Cu": crystals(3)}, pressures=[0.1], steps=2).rows
+    assert two[1].values["holes_percent"] == 100.0
+    assert two[1].values["more_than_base"] == 0.0
     with pytest.raises(ValueError, match="a median needs three"):
         rss.check([BROKEN], {"Cu": crystals(2)})
 
@@ -515,6 +636,8 @@ def test_a_broken_model_is_all_holes_and_says_why():
 def test_random_crystals_are_what_was_asked_for_and_repeatable():
     with pytest.raises(ValueError, match="no formula"):
         formula_of("Xx3")
+    with pytest.raises(ValueError, match="empty composition"):
+        formula_of("")
     pytest.importorskip("pyxtal")
     found = random_crystals("Na4Cl4", 2, seed=3)
     again = random_crystals("Na4Cl4", 2, seed=3)
@@ -522,3 +645,23 @@ def test_random_crystals_are_what_was_asked_for_and_repeatable():
         assert str(atoms.symbols.formula.reduce()[0]) in ("NaCl", "ClNa")
         assert atoms.pbc.all()
         np.testing.assert_allclose(atoms.positions, same.positions)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("pyxtal", "rss", lambda: random_crystals("Na4Cl4", 1, seed=0)),
+        ("spglib", "phonons", lambda: relax.check([EMT_ONE], {"Cu": ase.build.bulk("Cu")})),
+        (
+            "matplotlib",
+            "plots",
+            lambda: findings_page("page", [diatomics.check([EMT_ONE], ["Cu"])]),
+        ),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, package, extra, use):
+    for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"jaxft\[{extra}\]"):
+        use()

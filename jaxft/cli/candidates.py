@@ -122,8 +122,10 @@ def show(
 ) -> None:
     """Print and keep a result; the paths were looked at by :func:`check_outputs`.
 
-    A result of many columns is printed as several ``tables``.
+    A result of many columns is printed as several ``tables``, which are split until they fit.
     """
+    from jaxft.evaluate.layout import fitted
+
     document = json.dumps(finding.to_dict(), indent=1)
     if save is not None:
         save.write_text(document + "\n")
@@ -135,6 +137,7 @@ def show(
         print(document)
         return
     for table in tables or (finding,):
-        console.print(table.render())
+        for part in fitted(table, console):
+            console.print(part)
     for note in finding.notes:
         console.print(note)

@@ -48,6 +48,13 @@ def evaluate_forget(
         list[str] | None,
         typer.Option(help="Head of the others, where they have several; repeatable."),
     ] = None,
+    own_e0s: Annotated[
+        bool,
+        typer.Option(
+            "--own-e0s/--base-e0s",
+            help="Isolated-atom energies of each model, or for all those of BASE.",
+        ),
+    ] = False,
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
     stress_key: str = "REF_stress",
@@ -71,7 +78,7 @@ def evaluate_forget(
     (before,) = candidates([base], wanted, first, batch_size)
     after = per_head(tuned, wanted, heads, batch_size)
     told = ", ".join(str(h) for h in heads if h is not None)
-    found = check(before, after, frames, heads=told)
+    found = check(before, after, frames, heads=told, own_e0s=own_e0s)
     show(found, as_json=as_json, save=save, report=report)
 
 

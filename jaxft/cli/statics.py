@@ -108,7 +108,7 @@ def evaluate_elastic(
     as_json: Json = False,
 ) -> None:
     """Elastic constants and moduli, with ions clamped and relaxed."""
-    from jaxft.evaluate.elastic import check
+    from jaxft.evaluate.elastic import check, tables
 
     check_outputs(save, report)
     finding = check(
@@ -119,7 +119,7 @@ def evaluate_elastic(
         steps=steps,
         against=against,
     )
-    show(finding, as_json=as_json, save=save, report=report)
+    show(finding, as_json=as_json, save=save, report=report, tables=tables(finding))
 
 
 @evaluate_app.command("relax")

@@ -34,6 +34,8 @@ UNITS = {
 MOST_POINTS = 2000
 """Of one model in a picture."""
 
+LABELS = ("energy", "forces", "stress")
+
 Pair = tuple[Frame, FrameResult]
 
 
@@ -41,7 +43,7 @@ def check(candidates: Sequence[Candidate], frames: Sequence[Frame]) -> Finding:
     """Errors per config_type, in total, and of the forces per element.
 
     A frame that a model cannot compute is left out of that model's numbers alone, and its ``total``
-    row says how many and why.
+    row says how many and why; it also says how many labels the frames lack.
 
     Args:
       candidates: who is judged.
@@ -98,13 +100,42 @@ def left_out(frames: Sequence[Frame], outcomes: Sequence[Outcome]) -> str | None
     return f"{len(lost)} of {len(frames)} frames left out, first {frame.source}: {flag.reason}"
 
 
+def missing(frames: Sequence[Frame], quantities: Sequence[str] = LABELS) -> str | None:
+    """How many frames lack which label; None if all have all. Only crystals have a stress."""
+    lacking = {
+        quantity: sum(
+            getattr(frame, quantity) is None and (quantity != "stress" or frame.is_periodic)
+            for frame in frames
+        )
+        for quantity in quantities
+    }
+    told = [f"no {quantity} on {count}" for quantity, count in lacking.items() if count]
+    return f"labels: {', '.join(told)} of {len(frames)} frames" if told else None
+
+
+def _without_stress(pairs: Sequence[Pair]) -> str | None:
+    lost = sum(frame.stress is not None and result.stress is None for frame, result in pairs)
+    return f"the model gives no stress of {lost} frames with that label" if lost else None
+
+
+def joined(*reasons: str | None) -> str | None:
+    """All that is said; None if nothing is."""
+    return "; ".join(reason for reason in reasons if reason) or None
+
+
 def _rows(name: str, frames: Sequence[Frame], outcomes: Sequence[Outcome]) -> list[Row]:
     pairs, flag = sound_pairs(frames, outcomes), left_out(frames, outcomes)
     if not pairs:
         return [Row(name, TOTAL, {"frames": 0}, flag)]
     table = errors(*zip(*pairs, strict=True))
     groups = table.groups if len(table.groups) > 1 else ()
-    rows = [Row(name, group.name, values_of(group)) for group in groups]
+    # what no frame at all is labelled with is said once, in the total
+    known = [label for label in LABELS if any(getattr(f, label) is not None for f, _ in pairs)]
+    rows = []
+    for group in groups:
+        members = [frame for frame, _ in pairs if frame.config_type == group.name]
+        rows.append(Row(name, group.name, values_of(group), missing(members, known)))
+    flag = joined(flag, missing([frame for frame, _ in pairs]), _without_stress(pairs))
     rows.append(Row(name, TOTAL, values_of(table.total), flag))
     for element in table.elements:
         z = chemical_symbols.index(element.symbol)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import ase
@@ -17,14 +17,14 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from jaxft.data import Frame, prepare, unlabelled
-from jaxft.evaluate.predictions import FrameResult, predict_frames, working_dtype
+from jaxft.evaluate.predictions import FrameResult, Room, predict_frames, working_dtype
 from jaxft.potential import Potential
 from jaxft.typing import Params
 
 ProgressFn = Callable[[int, int], None]
 """Told (structures done, structures in total)."""
 
-NOT_FINITE = "energy or forces are not finite"
+NOT_FINITE = "energy, forces or stress are not finite"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class JaxCandidate:
       head: of the model; not needed with one head.
       batch_size: largest structures per batch.
       dtype: as in :func:`jaxft.evaluate.predict_frames`.
+      room: of structures that move, see :meth:`steady`.
     """
 
     name: str
@@ -75,6 +76,7 @@ class JaxCandidate:
     head: str | None = None
     batch_size: int = 16
     dtype: str | None = None
+    room: Room | None = None
 
     @property
     def working_dtype(self) -> str:
@@ -86,22 +88,13 @@ class JaxCandidate:
     ) -> list[Outcome]:
         """As :class:`Candidate` says; structures that cannot be are flagged before any compiles."""
         try:
-            flags = dict[int, Flag]()
-            sound = self._frames(structures)
-        except ValueError:
+            return [_checked(result) for result in self._predict(structures, progress)]
+        except ValueError:  # of some structure, before anything was compiled
             flags = {i: flag for i, atoms in enumerate(structures) if (flag := self._flag(atoms))}
-            sound = self._frames([atoms for i, atoms in enumerate(structures) if i not in flags])
-        found = iter(
-            predict_frames(
-                self.model,
-                self.params,
-                sound,
-                head=self.head,
-                batch_size=self.batch_size,
-                dtype=self.dtype,
-                progress=progress,
-            )
-        )
+            if not flags:
+                raise
+        sound = [atoms for i, atoms in enumerate(structures) if i not in flags]
+        found = iter(self._predict(sound, progress))
         return [flags[i] if i in flags else _checked(next(found)) for i in range(len(structures))]
 
     def ase_calculator(self) -> Calculator:
@@ -110,16 +103,27 @@ class JaxCandidate:
 
         return JaxftCalculator(self.model, self.params, head=self.head, dtype=self.dtype)
 
-    def _frames(self, structures: Sequence[ase.Atoms]) -> list[Frame]:
-        """Raises ValueError unless all can be evaluated."""
-        frames = [unlabelled(atoms, source=str(atoms.symbols)) for atoms in structures]
-        if frames:
-            prepare(frames, self.model, head=self.head)
-        return frames
+    def _predict(
+        self, structures: Sequence[ase.Atoms], progress: ProgressFn | None
+    ) -> list[FrameResult]:
+        return predict_frames(
+            self.model,
+            self.params,
+            [_frame(atoms) for atoms in structures],
+            head=self.head,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            progress=progress,
+            room=self.room,
+        )
+
+    def steady(self) -> JaxCandidate:
+        """The same for one set of structures as they move: it compiles few programs."""
+        return replace(self, room=Room())
 
     def _flag(self, atoms: ase.Atoms) -> Flag | None:
         try:
-            self._frames([atoms])
+            prepare([_frame(atoms)], self.model, head=self.head)
         except ValueError as error:
             return Flag(str(error).splitlines()[0])
         return None
@@ -169,9 +173,13 @@ class AseCandidate:
         return _checked(FrameResult(energy, energies, forces, stress))
 
 
+def _frame(atoms: ase.Atoms) -> Frame:
+    return unlabelled(atoms, source=str(atoms.symbols))
+
+
 def _checked(result: FrameResult) -> Outcome:
-    is_finite = np.isfinite(result.energy) and np.isfinite(result.forces).all()
-    return result if is_finite else Flag(NOT_FINITE)
+    numbers = (result.energy, result.forces, 0.0 if result.stress is None else result.stress)
+    return result if all(np.isfinite(n).all() for n in numbers) else Flag(NOT_FINITE)
 
 
 def check_names(candidates: Sequence[Candidate]) -> None:

@@ -193,12 +193,15 @@ def bond(pair: tuple[str, str], curve: Dissociation) -> dict[str, Value]:
     }
 
 
-def wall_distance(found: Dissociation, reference: Dissociation) -> float:
-    """Å, mean over ``WALLS`` of how far apart the walls are; a missing wall costs its place."""
+def wall_distance(found: Dissociation, reference: Dissociation) -> float | None:
+    """Å, mean over ``WALLS`` of how far apart the walls are; a missing wall costs its place.
+
+    None if the reference has no wall.
+    """
     walls = [_crossing(reference, height) for height in WALLS]
     known = [(height, place) for height, place in zip(WALLS, walls, strict=True) if place]
     if not known:
-        return float("nan")
+        return None
     places = ((_crossing(found, height), place) for height, place in known)
     return float(np.mean([abs((place or 0.0) - there) for place, there in places]))
 

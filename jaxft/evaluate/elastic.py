@@ -24,7 +24,7 @@ from ase.units import GPa
 
 from jaxft.evaluate.candidate import Candidate, Flag, Outcome, check_names
 from jaxft.evaluate.finding import Finding, Row, Value
-from jaxft.evaluate.relaxation import relax
+from jaxft.evaluate.relaxation import collapse, no_crystal, relax
 
 NORMAL = (-0.01, -0.005, 0.005, 0.01)
 """Of matcalc."""
@@ -36,6 +36,8 @@ FLOPPY = 1e-2
 """eV/Å²; force constants below it are no resistance."""
 RESIDUAL = 0.5
 """GPa; a larger stress at zero strain means that this is no equilibrium."""
+DIGITS = 6
+"""Of GPa, in the rows of tensors; what is smaller is rounding."""
 
 VOIGT = ("xx", "yy", "zz", "yz", "xz", "xy")
 UNITS = {
@@ -91,17 +93,14 @@ def check(
       against: the name of the candidate whose moduli are the reference.
 
     Raises:
-      ValueError: names occur twice or are not known, a structure has no volume, or a kind of strain
-        has fewer than two amplitudes.
+      ValueError: names occur twice or are not known, or a kind of strain has fewer than two
+        amplitudes.
     """
     check_names(candidates)
     if against is not None and against not in [c.name for c in candidates]:
         raise ValueError(f"{against!r} is none of the models; name one of them.")
     if len(set(normal)) < 2 or len(set(shear)) < 2:
         raise ValueError("a slope needs two amplitudes; give at least two of each strain.")
-    for name, atoms in structures.items():
-        if not atoms.pbc.all():
-            raise ValueError(f"{name} is not periodic in three directions: it has no elasticity.")
     found = {
         c.name: _judge(c, structures, relax_first, fmax, steps, normal, shear) for c in candidates
     }
@@ -131,6 +130,17 @@ NOTES = (
 )
 
 
+def tables(finding: Finding) -> list[Finding]:
+    """For a terminal: moduli and flags, then tensors."""
+
+    def part(name: str, is_tensor: bool) -> Finding:
+        rows = tuple(row for row in finding.rows if ("c_xx" in row.values) is is_tensor)
+        units = {c: u for c, u in finding.units.items() if c.startswith("c_") is is_tensor}
+        return Finding(name, rows, units)
+
+    return [found for found in (part(finding.check, False), part("tensors", True)) if found.rows]
+
+
 def _judge(
     candidate: Candidate,
     structures: Mapping[str, ase.Atoms],
@@ -140,11 +150,14 @@ def _judge(
     normal: Sequence[float],
     shear: Sequence[float],
 ) -> dict[str, Tensors | Flag]:
-    found: dict[str, Tensors | Flag] = {}
-    starts = dict(structures)
+    found: dict[str, Tensors | Flag] = {
+        name: Flag(reason) for name, atoms in structures.items() if (reason := no_crystal(atoms))
+    }
+    starts = {name: atoms for name, atoms in structures.items() if name not in found}
     if relax_first:
-        relaxed = relax(candidate, list(structures.values()), fmax=fmax, steps=steps)
-        for (name, _), result in zip(structures.items(), relaxed, strict=True):
+        crystals = list(starts.values())
+        relaxed = relax(candidate, crystals, fmax=fmax, steps=steps, stop=collapse)
+        for name, result in zip(list(starts), relaxed, strict=True):
             starts[name] = result.atoms
             if result.flag is not None:
                 found[name] = Flag(f"not relaxed: {result.flag}")
@@ -258,7 +271,7 @@ def _rows(
             "residual_stress": found.residual,
         }
         rows.append(Row(model, f"{name}, {kind}", values, _warning(found, c)))
-        for axis, line in zip(VOIGT, c.tolist(), strict=True):
+        for axis, line in zip(VOIGT, (np.round(c, DIGITS) + 0.0).tolist(), strict=True):
             numbers = {f"c_{other}": value for other, value in zip(VOIGT, line, strict=True)}
             rows.append(Row(model, f"{name}, {kind}, {axis}", numbers))
     return rows

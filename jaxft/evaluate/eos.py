@@ -16,6 +16,7 @@ import numpy as np
 from jaxft.evaluate.candidate import Candidate, Flag, check_names
 from jaxft.evaluate.equation import Equation, delta, fit
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
+from jaxft.evaluate.relaxation import no_crystal, volume_per_atom
 
 UNITS = {
     "v0": "Å³/atom",
@@ -25,8 +26,12 @@ UNITS = {
     "v0_error": "%",
     "b0_error": "%",
     "delta": "meV/atom",
+    "phase_energy": "meV/atom",
+    "phase_error": "meV/atom",
 }
 REFERENCE = "reference"
+DRAWN = 200
+"""Points of an equation in a picture."""
 MOST_MOVES = 4
 """How often the range follows a minimum that lies outside."""
 
@@ -67,8 +72,8 @@ def check(
       points: volumes per structure.
 
     Raises:
-      ValueError: a reference of no structure, of another cell, or that cannot be fitted; a
-        structure without a volume; or settings that make no sense.
+      ValueError: a reference of no structure, of another cell, or that cannot be fitted; or
+        settings that make no sense.
     """
     references = dict(references or {})
     _check(candidates, structures, references, against, span, points)
@@ -78,12 +83,19 @@ def check(
         for name, result in found[against].items():
             if name not in fitted and result.equation is not None:
                 fitted[name] = result.equation
-    rows = [Row(REFERENCE, name, _values(fitted[name], None, span)) for name in references]
+    firsts = _firsts(structures)
+    above_first = _above(fitted, firsts)
+    rows = [
+        Row(REFERENCE, name, _values(fitted[name], None, span) | _phase(name, above_first, {}))
+        for name in references
+    ]
     for model, results in found.items():
+        above = _above({n: r.equation for n, r in results.items() if r.equation}, firsts)
         for name, result in results.items():
             is_own = model == against and name not in references
             reference = None if is_own else fitted.get(name)
             values = _values(result.equation, reference, span) if result.equation else {}
+            values |= _phase(name, above, {} if model == against else above_first)
             is_missing = (references or against) and not is_own and reference is None
             flag = result.flag or ("there is no reference" if is_missing else None)
             rows.append(Row(model, name, values, flag))
@@ -94,7 +106,8 @@ def check(
 
 NOTES = (
     "third-order Birch–Murnaghan; ions keep their fractional positions. delta: Lejaeghere's "
-    "Δ-gauge, both curves 0 at their own minimum, over 1 ± span of the mean of both V0.",
+    "Δ-gauge, both curves 0 at their own minimum, over 1 ± span of the mean of both V0. phase "
+    "energy: of the minimum, above that of the first structure of the same composition.",
 )
 
 
@@ -114,15 +127,14 @@ def _check(
         raise ValueError(f"{against!r} is none of the models {', '.join(names)}; name one.")
     if points < 5 or not 0 < span < 0.5:
         raise ValueError(f"points={points}, span={span}; use at least 5 and a span in (0, 0.5).")
-    for name, atoms in structures.items():
-        if not atoms.pbc.all():
-            raise ValueError(f"{name} is not periodic in three directions: it has no volume.")
     for name, curve in references.items():
         if name not in structures:
             raise ValueError(
                 f"a reference is given for {name!r}, which is no structure; there are "
                 f"{', '.join(structures)}."
             )
+        if no_crystal(structures[name]):
+            continue
         ratio = np.mean(curve.volumes) / (structures[name].get_volume() / len(structures[name]))
         if not 1 / 1.6 < ratio < 1.6:
             raise ValueError(
@@ -142,9 +154,11 @@ def _scan(
     candidate: Candidate, structures: Mapping[str, ase.Atoms], span: float, points: int
 ) -> dict[str, _Found]:
     """Every structure's curve; ranges without their minimum move, all in one batch per move."""
-    centres = {name: a.get_volume() / len(a) for name, a in structures.items()}
-    found: dict[str, _Found] = {}
-    todo = list(structures)
+    found = {
+        name: _Found(flag=reason) for name, a in structures.items() if (reason := no_crystal(a))
+    }
+    todo = [name for name in structures if name not in found]
+    centres = {name: volume_per_atom(structures[name]) for name in todo}
     for move in range(MOST_MOVES + 1):
         grid = {n: centres[n] * np.linspace(1 - span, 1 + span, points) for n in todo}
         scaled = [scaled_to(structures[n], v) for n in todo for v in grid[n]]
@@ -210,6 +224,34 @@ def _values(equation: Equation, reference: Equation | None, span: float) -> dict
     return values
 
 
+def _firsts(structures: Mapping[str, ase.Atoms]) -> dict[str, str]:
+    """Of each structure but the first of a composition, that first one."""
+    named: dict[str, str] = {}
+    found = {
+        name: named.setdefault(str(atoms.symbols.formula.reduce()[0].convert("hill")), name)
+        for name, atoms in structures.items()
+    }
+    return {name: first for name, first in found.items() if name != first}
+
+
+def _above(equations: Mapping[str, Equation], firsts: Mapping[str, str]) -> dict[str, float]:
+    """meV/atom, of minima above those of the first phases, where both are known."""
+    return {
+        name: 1e3 * (equations[name].e0 - equations[first].e0)
+        for name, first in firsts.items()
+        if name in equations and first in equations
+    }
+
+
+def _phase(
+    name: str, found: Mapping[str, float], reference: Mapping[str, float]
+) -> dict[str, Value]:
+    values: dict[str, Value] = {"phase_energy": found[name]} if name in found else {}
+    if name in found and name in reference:
+        values["phase_error"] = found[name] - reference[name]
+    return values
+
+
 def _picture(
     name: str, found: Mapping[str, Mapping[str, _Found]], reference: Curve | None
 ) -> Picture:
@@ -219,10 +261,14 @@ def _picture(
         lines.append(Line(REFERENCE, reference.volumes, energies, is_reference=True))
     for model, results in found.items():
         curve = results[name].curve
-        if curve is not None:
-            equation = results[name].equation
-            lowest = equation.e0 if equation else curve.energies.min()
-            lines.append(Line(model, curve.volumes, 1e3 * (curve.energies - lowest)))
+        if curve is None:
+            continue
+        equation, points = results[name].equation, curve.volumes
+        lowest = equation.e0 if equation else curve.energies.min()
+        lines.append(Line(model, points, 1e3 * (curve.energies - lowest), is_scatter=True))
+        if equation is not None:
+            dense = np.linspace(points[0], points[-1], DRAWN)
+            lines.append(Line(model, dense, 1e3 * equation.energy(dense)))
     return Picture(name, "volume, Å³/atom", "energy above the minimum, meV/atom", tuple(lines))
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from jaxft import tree
 from jaxft.changes import changes
 from jaxft.data import Frame
-from jaxft.evaluate.accuracy import left_out, outcomes_of, sound_pairs, values_of
+from jaxft.evaluate.accuracy import joined, left_out, missing, outcomes_of, sound_pairs, values_of
 from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate, Outcome, check_names
 from jaxft.evaluate.errors import TOTAL, GroupErrors, errors
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
+from jaxft.surgery import set_e0s
 
 QUANTITIES = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 UNITS = {
@@ -43,7 +44,12 @@ NOTES = (
 
 
 def check(
-    base: Candidate, tuned: Sequence[Candidate], frames: Sequence[Frame], *, heads: str = ""
+    base: Candidate,
+    tuned: Sequence[Candidate],
+    frames: Sequence[Frame],
+    *,
+    heads: str = "",
+    own_e0s: bool = False,
 ) -> Finding:
     """Errors, forgetting ratios, drift and weight distances, by config_type and in total.
 
@@ -55,6 +61,8 @@ def check(
       tuned: after, by several recipes say.
       frames: of the base's domain; labels may be missing, then only the drift is told.
       heads: in words, which were judged; for the reader.
+      own_e0s: keep the isolated-atom energies of tuned models. By default potentials of ours are
+        judged with those of ``base``: another level of theory's are no forgetting.
 
     Raises:
       ValueError: names occur twice, or there are no frames or no tuned models.
@@ -65,7 +73,9 @@ def check(
     before = outcomes_of(base, frames)
     rows = _rows(base, base, frames, before, before)
     drifts = []
-    for model in tuned:
+    judged = [model if own_e0s else with_e0s_of(base, model) for model in tuned]
+    changed = [new.name for new, given in zip(judged, tuned, strict=True) if new is not given]
+    for model in judged:
         after = outcomes_of(model, frames)
         rows += _rows(base, model, frames, before, after)
         drifts.append(_drift_line(model.name, before, after))
@@ -77,8 +87,30 @@ def check(
             tuple(drifts),
         ),
     )
-    settings = {"base": base.name, "frames": len(frames)} | ({"heads": heads} if heads else {})
-    return Finding("forget", tuple(rows), UNITS, settings, pictures, NOTES)
+    settings = {"base": base.name, "frames": len(frames), "own_e0s": own_e0s}
+    settings |= {"heads": heads} if heads else {}
+    told = (f"{', '.join(changed)}: energies with the isolated-atom energies of {base.name}.",)
+    return Finding("forget", tuple(rows), UNITS, settings, pictures, NOTES + told * bool(changed))
+
+
+def with_e0s_of(base: Candidate, model: Candidate) -> Candidate:
+    """``model`` with the isolated-atom energies of ``base``, of the elements that both know.
+
+    The same object if nothing changes, or if either is no potential of ours.
+    """
+    if not isinstance(base, JaxCandidate) or not isinstance(model, JaxCandidate):
+        return model
+    old, new = (_e0s(candidate) for candidate in (base, model))
+    differing = {z: e0 for z, e0 in old.items() if new.get(z, e0) != e0}
+    if not differing:
+        return model
+    return replace(model, model=set_e0s(model.model, differing, head=model.head))
+
+
+def _e0s(candidate: JaxCandidate) -> dict[int, float]:
+    model = candidate.model
+    row = np.asarray(model.e0s[model.head_index(candidate.head)], np.float64)
+    return dict(zip(model.atomic_numbers, row.tolist(), strict=True))
 
 
 def _rows(
@@ -100,7 +132,8 @@ def _rows(
         some = [frames[i] for i in members]
         old, new = ([side[i] for i in members] for side in (before, after))
         values = _values(some, old, new, with_ratios=not is_base)
-        rows.append(Row(model.name, group, values, flag if group == TOTAL else None))
+        told = joined(flag, missing(some)) if group == TOTAL else None
+        rows.append(Row(model.name, group, values, told))
     if not chosen:
         rows.append(Row(model.name, TOTAL, {"frames": 0}, flag))
     return rows if is_base else rows + _distances(base, model)

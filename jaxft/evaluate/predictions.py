@@ -40,6 +40,32 @@ class FrameResult:
     """[3, 3] eV/Å³, ASE sign; None unless the frame is periodic in three directions."""
 
 
+GROWTH = 1.5
+"""Of a room that became too small."""
+
+
+@dataclass(eq=False)
+class Room:
+    """What batches of structures that move are padded to: it grows in steps and never shrinks.
+
+    Neighbours come and go as structures move, and every other shape is another program; with a room
+    a relaxation compiles few.
+    """
+
+    row_width: int | None = None
+    shape: Shape | None = None
+
+    def hold(self, dataset: Dataset, shape: Shape) -> Shape:
+        """A shape that ``shape`` fits into."""
+        self.row_width = dataset.row_width
+        if self.shape is None:
+            self.shape = shape
+        pairs = zip(self.shape, shape, strict=True)
+        sizes = (old if new <= old else int(np.ceil(GROWTH * new)) for old, new in pairs)
+        self.shape = Shape(*sizes)
+        return self.shape
+
+
 class _Alike:
     """A potential as a key: those that differ in their isolated-atom energies alone, which are
     added on the host, share compiled programs."""
@@ -178,6 +204,7 @@ def predict_frames(
     dtype: str | None = None,
     max_edges_per_block: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    room: Room | None = None,
 ) -> list[FrameResult]:
     """Energies, forces and stresses of ``frames``, in their order.
 
@@ -196,6 +223,7 @@ def predict_frames(
       max_edges_per_block: batches with more edge slots are evaluated in blocks of so many, which
         bounds the memory; by default what suits the platform, see :mod:`jaxft.graph`.
       progress: called with (frames done, frames in total) after every batch.
+      room: for calls with the same structures as they move, which then share programs.
 
     Raises:
       ValueError: the head is unknown, a frame holds an element that the model does not know or an
@@ -208,9 +236,11 @@ def predict_frames(
     limit = edges_per_block(max_edges_per_block)
     if not frames:
         return []
-    dataset = prepare(frames, model, head=head)
+    dataset = prepare(frames, model, head=head, row_width=room.row_width if room else None)
     results: dict[int, FrameResult] = {}
     shape, batches, blocks = plan_batches(dataset, batch_size, limit)
+    if room is not None and blocks == 1:
+        shape = room.hold(dataset, shape)
     for chosen in batches:
         found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks)
         results.update(zip(chosen, found, strict=True))

@@ -34,7 +34,7 @@ def random_crystals(
         from pyxtal.msg import Comp_CompatibilityError, Symm_CompatibilityError, VolumeError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "random crystals need pyxtal, which is not installed;\n"
+            f"random crystals need pyxtal, and {error.name} is not installed;\n"
             "use pip install 'jaxft[rss]', or give structures of your own."
         ) from error
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from ase.units import GPa
 
 from jaxft.evaluate.candidate import Candidate, check_names
 from jaxft.evaluate.finding import Finding, Row, Value
-from jaxft.evaluate.relaxation import Relaxed, relax
+from jaxft.evaluate.relaxation import Relaxed, collapse, relax
 from jaxft.evaluate.spacegroups import space_group
 
 UNITS = {
@@ -66,7 +66,7 @@ def check(
     check_names(candidates)
     if not structures:
         raise ValueError("no structures to relax; give at least one.")
-    before = {name: _space_group(atoms, symprec) for name, atoms in structures.items()}
+    before = {name: _group(atoms, symprec) for name, atoms in structures.items()}
     rows = []
     for candidate in candidates:
         found = relax(
@@ -77,6 +77,7 @@ def check(
             steps=steps,
             optimizer=optimizer,
             pressure=pressure * GPa,
+            stop=collapse,
         )
         start = dict(zip(structures, candidate.evaluate(list(structures.values())), strict=True))
         for (name, atoms), result in zip(structures.items(), found, strict=True):
@@ -110,7 +111,7 @@ def _values(
     length = displacement(start, result.atoms)
     values["rmsd_length"] = length
     if start.pbc.all():
-        after = _space_group(result.atoms, symprec)
+        after = _group(result.atoms, symprec)
         volume = result.atoms.get_volume()
         values |= {
             "volume_change": 100 * (volume / start.get_volume() - 1),
@@ -135,7 +136,7 @@ def displacement(before: ase.Atoms, after: ase.Atoms) -> float:
     return float(np.sqrt((moved**2).sum(axis=1).mean()))
 
 
-def _space_group(atoms: ase.Atoms, symprec: float) -> str | None:
-    """``Fm-3m (225)``; None of what is not periodic in three directions, or not found."""
+def _group(atoms: ase.Atoms, symprec: float) -> str | None:
+    """``Fm-3m (225)``; None of what is not periodic in three directions or not found."""
     found = space_group(atoms, symprec) if atoms.pbc.all() else None
     return None if found is None else str(found)

@@ -18,13 +18,17 @@ from ase.filters import FrechetCellFilter
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS, FIRE, LBFGS
 
-from jaxft.evaluate.candidate import Candidate, Flag, Outcome
+from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate, Outcome
 from jaxft.evaluate.predictions import ase_results
 
 OPTIMIZERS: dict[str, Any] = {"FIRE": FIRE, "LBFGS": LBFGS, "BFGS": BFGS}
 
 StopFn = Callable[[ase.Atoms], str | None]
 """Why a relaxation is not worth another step, or None."""
+
+COLLAPSED, VANISHED = 0.2, 0.1
+"""No relaxation goes on with atoms closer than this part of their covalent radii's sum, or in so
+little of their covalent spheres' volume."""
 
 NO_STRESS = "there is no stress, so the cell cannot be relaxed"
 
@@ -85,12 +89,13 @@ def relax(
         raise ValueError(f"fmax={fmax} and steps={steps} must be positive; give others.")
     jobs = [_Job(s, cell=cell, pressure=pressure, optimizer=optimizer) for s in structures]
     active = list(jobs)
+    judge = candidate.steady() if isinstance(candidate, JaxCandidate) else candidate
     while active:
         # Batches keep their size while structures finish: no shape of fewer is compiled.
         size = min(len(jobs), max(len(active), getattr(candidate, "batch_size", 1)))
         rest = [job for job in jobs if job.is_done and job.flag is None]
         batch = [*active, *rest[: size - len(active)]]
-        outcomes = candidate.evaluate([job.atoms for job in batch])
+        outcomes = judge.evaluate([job.atoms for job in batch])
         for job, outcome in zip(active, outcomes[: len(active)], strict=True):
             job.advance(outcome, fmax, steps, stop)
         active = [job for job in active if not job.is_done]
@@ -122,7 +127,7 @@ class _Job:
         """Take the results of where it is; move, unless it is done."""
         if isinstance(outcome, Flag):
             self.atoms.calc, self.fmax = None, None
-            return self._end(f"{outcome.reason} (after {self.steps} steps)")
+            return self._end(self._after(outcome.reason))
         self.atoms.calc = SinglePointCalculator(self.atoms, **ase_results(outcome))
         if self.cell and outcome.stress is None:
             return self._end(NO_STRESS)
@@ -131,15 +136,28 @@ class _Job:
         if self.fmax < fmax:
             return self._end(None)
         if reason := stop(self.atoms) if stop is not None else None:
-            return self._end(f"{reason} (after {self.steps} steps)")
+            return self._end(self._after(reason))
         if self.steps == steps:
             return self._end(f"not converged in {steps} steps: {self.fmax:.3g} eV/Å are left")
         self._inner.step()
         self.steps += 1
         return None
 
+    def _after(self, reason: str) -> str:
+        return f"{reason} (after {self.steps} steps)" if self.steps else reason
+
     def _end(self, flag: str | None) -> None:
         self.flag, self.is_done = flag, True
+
+
+def collapse(atoms: ase.Atoms) -> str | None:
+    """Why a structure is none any more, see ``COLLAPSED``; None if it is one."""
+    spheres = 4 / 3 * np.pi * covalent_radii[atoms.numbers] ** 3
+    if atoms.pbc.all() and volume_per_atom(atoms) < VANISHED * spheres.mean():
+        return "the cell collapsed"
+    if closeness(atoms, most=2 * COLLAPSED) < COLLAPSED:
+        return "atoms fell onto each other"
+    return None
 
 
 def closeness(atoms: ase.Atoms, *, most: float = 1.0) -> float:
@@ -151,6 +169,13 @@ def closeness(atoms: ase.Atoms, *, most: float = 1.0) -> float:
     radii = covalent_radii[atoms.numbers]
     i, j, distance = neighbor_list("ijd", atoms, most * radii)
     return float((distance / (radii[i] + radii[j])).min(initial=most))
+
+
+def no_crystal(atoms: ase.Atoms) -> str | None:
+    """Why a structure has no volume; None if it has one."""
+    if not atoms.pbc.all() or atoms.cell.rank < 3:
+        return "it is not periodic in three directions and has no volume"
+    return None
 
 
 def volume_per_atom(atoms: ase.Atoms) -> float:

@@ -15,12 +15,11 @@ from itertools import islice
 
 import ase
 import numpy as np
-from ase.data import covalent_radii
 from ase.units import GPa
 
 from jaxft.evaluate.candidate import Candidate, check_names
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
-from jaxft.evaluate.relaxation import Relaxed, closeness, relax, volume_per_atom
+from jaxft.evaluate.relaxation import Relaxed, closeness, collapse, relax, volume_per_atom
 
 PRESSURES = (0.1, 50.0)
 """GPa."""
@@ -32,8 +31,6 @@ MADS, AT_LEAST = 10.0, 5.0
 """(iii) median absolute deviations below the median energy, but at least so many eV/atom."""
 SMALL = 0.5
 """(iv) of the median volume, together with an energy below the median."""
-COLLAPSED, VANISHED = 0.2, 0.1
-"""No relaxation goes on with atoms so close, or in so little of their covalent spheres' volume."""
 
 FLAGS = ("too_close", "too_dense", "too_deep", "dense_and_low")
 UNITS = {
@@ -183,7 +180,7 @@ def _search(
             fmax=fmax,
             steps=steps,
             pressure=pressure * GPa,
-            stop=_collapse,
+            stop=collapse,
         )
         for i, result in zip(todo, relaxed, strict=True):
             taken[i] += result.steps
@@ -192,22 +189,13 @@ def _search(
         todo = {
             i: result.atoms.copy()
             for i, result in zip(todo, relaxed, strict=True)
-            if result.energy is not None and _collapse(result.atoms) is None
+            if result.energy is not None and collapse(result.atoms) is None
         }
     every = iter(range(len(starts)))
     return {
         name: Ends([found[i] for i in islice(every, len(some))])
         for name, some in structures.items()
     }
-
-
-def _collapse(atoms: ase.Atoms) -> str | None:
-    spheres = 4 / 3 * np.pi * covalent_radii[atoms.numbers] ** 3
-    if volume_per_atom(atoms) < VANISHED * spheres.mean():
-        return "the cell collapsed"
-    if closeness(atoms, most=2 * COLLAPSED) < COLLAPSED:
-        return "atoms fell onto each other"
-    return None
 
 
 def _rows(model: str, ends: Mapping[str, Ends], pressure: float) -> list[Row]:

@@ -15,7 +15,7 @@ intercept is not stated; ours has none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -23,7 +23,7 @@ from ase.formula import Formula
 from ase.geometry import find_mic
 
 from jaxft.data import Frame
-from jaxft.evaluate.accuracy import left_out, outcomes_of, sound_pairs
+from jaxft.evaluate.accuracy import joined, left_out, missing, outcomes_of, sound_pairs
 from jaxft.evaluate.candidate import Candidate, Outcome, check_names
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
 from jaxft.evaluate.predictions import FrameResult
@@ -96,29 +96,34 @@ def check(
     chosen = [f for f in labelled if f.forces is not None and np.abs(f.forces).max() <= limit]
     if not chosen:
         raise ValueError(
-            f"none of {len(frames)} frames has forces of at most {limit} eV/Å to compare with; "
-            "give labelled frames or another limit."
+            f"none of {len(frames)} frames has forces of at most {limit} eV/Å to compare with "
+            f"({len(labelled)} have forces); give labelled frames or another limit."
         )
     materials: dict[str, list[Frame]] = {}
     for frame in chosen:
         materials.setdefault(material_of(frame), []).append(frame)
     rows: list[Row] = []
     lines: list[Line] = []
+    lost = missing(frames, ["forces"])
     for candidate in candidates:
         found = _judge(candidate, materials, equilibrium, max_displacement)
-        rows += found.rows
+        *some, mean = found.rows
+        rows += [*some, replace(mean, flag=joined(mean.flag, lost))]
         lines.append(found.line)
+    above = len(labelled) - len(chosen)
     settings = {
         "max_force": max_force,
         "max_displacement": max_displacement,
-        "frames_left_out_by_max_force": len(labelled) - len(chosen),
+        "frames_left_out_by_max_force": above,
         "frames_without_forces": len(frames) - len(labelled),
         "equilibrium_frames": len(equilibrium),
     }
     picture = Picture(
         "softening", "reference force, eV/Å", "model force, eV/Å", tuple(lines), diagonal=True
     )
-    return Finding("softening", tuple(rows), UNITS, settings, (picture,), NOTES)
+    told = (f"{above} of {len(labelled)} frames have forces above {limit} eV/Å and are left out.",)
+    notes = (NOTES + told) if above else NOTES
+    return Finding("softening", tuple(rows), UNITS, settings, (picture,), notes)
 
 
 NOTES = (
