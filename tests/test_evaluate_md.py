@@ -1,5 +1,6 @@
 """The check ``md``: models side by side, failures as flags; jax-md's energy function."""
 
+import io
 import json
 
 import ase.build
@@ -11,12 +12,14 @@ import pytest
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from pair_potential import ARGON, LennardJones
+from rich.console import Console
 from typer.testing import CliRunner
 
 import jaxft
 from jaxft.calculator import JaxftCalculator
 from jaxft.cli import app
 from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
+from jaxft.evaluate.md import GROUPS, tables
 from jaxft.evaluate.md import md as evaluate_md
 from jaxft.evaluate.mdruns import Plan
 
@@ -132,6 +135,16 @@ def test_temperatures_and_replicas_become_rows_and_means(ours):
     assert cold.values["temperature"] < warm.values["temperature"]
     assert cold.values["diffusion_error"] > 0
     assert law.flag is not None or law.values["activation_energy_error"] > 0
+    parts = tables(found)
+    assert {column for part in parts for column in part.units} == set(found.units) - set(
+        GROUPS["md: activation"].split() if law.flag else []
+    )
+    console = Console(width=80, file=io.StringIO())
+    for part in parts:
+        console.print(part.render())
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "activation energy error" in text or law.flag.split()[-1] in text
 
 
 def test_a_reference_trajectory_replaces_the_first_model(ours):
@@ -152,6 +165,8 @@ def test_a_reference_trajectory_replaces_the_first_model(ours):
         ({"steps": 0}, "at least one of each"),
         ({"temperatures": ()}, "at least one of each"),
         ({"timestep": -1.0}, "positive"),
+        ({"temperatures": (300.0, 300.0)}, "not all different"),
+        ({"seed": -1}, "seed=-1 is not possible"),
     ],
 )
 def test_impossible_plans_are_refused(change, message):
