@@ -126,9 +126,10 @@ def test_a_structure_that_cannot_be_run_does_not_stop_the_others(ours):
     assert "Xe" in third.flag
 
 
-def test_temperatures_and_replicas_become_rows_and_means(ours):
+def test_temperatures_and_replicas_become_rows_and_means():
     plan = Plan("bussi", (30.0, 60.0), timestep=4.0, steps=100, replicas=2, interval=4)
-    found = evaluate_md([ours], [crystal()], plan)
+    one_by_one = JaxCandidate("ours", MODEL, PARAMS, batch_size=1)
+    found = evaluate_md([one_by_one], [crystal()], plan)
     cold, warm, law = found.rows
     assert [row.subject for row in found.rows] == ["Ar32, 30 K", "Ar32, 60 K", "Ar32, Arrhenius"]
     assert cold.values["replicas"] == 2
