@@ -167,6 +167,9 @@ def test_a_reference_trajectory_replaces_the_first_model(ours):
         ({"temperatures": ()}, "at least one of each"),
         ({"timestep": -1.0}, "positive"),
         ({"temperatures": (300.0, 300.0)}, "not all different"),
+        ({"temperatures": (-5.0,)}, "temperature=-5.0"),
+        ({"temperatures": (np.nan,)}, "temperature=nan"),
+        ({"pressure": np.inf}, "pressure=inf"),
         ({"seed": -1}, "seed=-1 is not possible"),
     ],
 )

@@ -40,7 +40,8 @@ UNITS = {
 }
 
 GROUPS = {
-    "md: survival": "replicas survived survival_time temperature pressure volume",
+    "md: survival": "replicas survived survival_time",
+    "md: state": "temperature pressure volume",
     "md: conservation": "energy_drift energy_fluctuation",
     "md: structure and motion": "rdf_error rdf_earth_mover vdos_error diffusion diffusion_error",
     "md: activation": "activation_energy activation_energy_error",

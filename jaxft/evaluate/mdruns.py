@@ -56,6 +56,9 @@ class Plan:
     def __post_init__(self) -> None:
         for kelvin in self.temperatures:
             ensemble_of(self.ensemble, kelvin, self.pressure)
+            bussi(kelvin)  # nve's temperature, that of its velocities, is checked too
+        if not np.isfinite(self.pressure):
+            raise ValueError(f"pressure={self.pressure} GPa is not possible; use a finite one.")
         counts = (self.steps, self.replicas, self.interval)
         if not self.temperatures or min(counts) < 1 or self.equilibration < 0:
             raise ValueError(
