@@ -78,6 +78,13 @@ def pressures_of(frames):
     return np.array(found)
 
 
+@pytest.fixture
+def ample(monkeypatch):
+    """Room enough for one program to last."""
+    monkeypatch.setattr(placement, "HEADROOM", 2.5)
+    monkeypatch.setattr(replicas, "HEADROOM", 2.5)
+
+
 # --- mechanics ---------------------------------------------------------------------------------
 
 
@@ -118,10 +125,8 @@ def test_energy_is_conserved_to_second_order_of_the_time_step():
     assert coarse.fluctuation / fine.fluctuation == pytest.approx(4.0, rel=0.15)
 
 
-def test_lists_are_renewed_in_time(monkeypatch):
+def test_lists_are_renewed_in_time(ample):
     """Along a melt, the energies are those of all pairs found anew."""
-    monkeypatch.setattr(placement, "HEADROOM", 2.0)
-    monkeypatch.setattr(replicas, "HEADROOM", 2.0)
     simulation = md.Simulation(Abrupt(), PARAMS, [crystal(kelvin=800.0)], skin=0.5)
     (found,) = simulation.run(md.nve(), timestep=5.0, steps=100, interval=2)
     frames = [found.atoms(i) for i in range(len(found))]
@@ -242,17 +247,17 @@ def test_too_hot_and_overlapping_replicas_end_with_their_reason():
     assert found[1].ended.reason == "hotter than 10000 K"
 
 
-def test_too_fast_and_evaporating_atoms_end_their_replicas():
-    fast, dimer = gas(), ase.Atoms("Ar2", [[0, 0, 0], [0, 0, 900.0]])
+def test_too_fast_and_evaporating_atoms_end_their_replicas(ample):
+    fast, dimer = gas(), ase.Atoms("Ar2", [[0, 0, 0], [0, 0, 996.0]])
     fast.set_velocities(np.full((8, 3), 5.0))
     dimer.set_velocities([[0, 0, 0], [0, 0, 0.2]])
     starts = [fast, dimer, gas(seed=2)]
     simulation = md.Simulation(SHORT, FREE, starts, limits=ANYWAY, skin=4.0)
-    outran, evaporated, sound = simulation.run(md.nve(), timestep=20.0, steps=400)
+    outran, evaporated, sound = simulation.run(md.nve(), timestep=20.0, steps=30)
     assert "more than 2 Å in one step" in outran.ended.reason
     assert outran.steps == 0
     assert "Å apart" in evaporated.ended.reason
-    assert 0 < evaporated.steps < 400
+    assert 0 < evaporated.steps < 30
     assert sound.ended is None
 
 
@@ -335,11 +340,11 @@ def test_the_volume_of_an_ideal_gas_is_distributed_as_it_must():
 
 def test_constant_pressure_reaches_the_pressure_that_was_asked_for():
     simulation = md.Simulation(MODEL, PARAMS, [crystal(kelvin=20.0)], limits=ANYWAY)
-    ensemble = md.npt(20.0, 0.5, tau_pressure=200.0, compressibility=0.3)
+    ensemble = md.npt(20.0, 0.2, tau_pressure=200.0, compressibility=0.3)
     (found,) = simulation.run(ensemble, timestep=4.0, steps=800, interval=10)
     half = len(found) // 2
     assert found.pressure[0] < 0.05
-    assert found.pressure[half:].mean() == pytest.approx(0.5, abs=0.03)
+    assert found.pressure[half:].mean() == pytest.approx(0.2, abs=0.03)
 
 
 def test_the_volume_follows_the_cell_within_a_list_and_from_list_to_list():
