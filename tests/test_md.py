@@ -252,7 +252,7 @@ def test_too_fast_and_evaporating_atoms_end_their_replicas(ample):
     fast.set_velocities(np.full((8, 3), 5.0))
     dimer.set_velocities([[0, 0, 0], [0, 0, 0.2]])
     starts = [fast, dimer, gas(seed=2)]
-    simulation = md.Simulation(SHORT, FREE, starts, limits=ANYWAY, skin=8.0)
+    simulation = md.Simulation(MODEL, FREE, starts, limits=ANYWAY, skin=8.0)
     outran, evaporated, sound = simulation.run(md.nve(), timestep=20.0, steps=30)
     assert "more than 4 Å in one step" in outran.ended.reason
     assert outran.steps == 0
