@@ -144,15 +144,13 @@ class Engine(Side):
 
     def results(self) -> dict[str, np.ndarray]:
         n = len(self.frames[0])
-        forces = np.asarray(self.simulation._state.forces)[:n]
+        forces = np.asarray(self.simulation._replicas.state.forces)[:n]
         return {"positions": self.found.positions[-1], "forces": forces}
 
     def list_seconds(self) -> float:
         """Of a new list, median."""
-        simulation = self.simulation
-        none = np.zeros(len(simulation._frames) + 1, bool)
-        step = int(simulation._state.step)
-        return statistics.median(seconds(lambda: simulation._renew(none, step)) for _ in range(5))
+        renew = self.simulation._replicas.renew
+        return statistics.median(seconds(renew) for _ in range(5))
 
     def facts(self) -> dict[str, Any]:
         return {"compilations": self.simulation.compilations, "device": self.device}

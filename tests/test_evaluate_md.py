@@ -1,5 +1,6 @@
 """The check ``md``: models side by side, failures as flags; jax-md's energy function."""
 
+import io
 import json
 
 import ase.build
@@ -11,12 +12,14 @@ import pytest
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from pair_potential import ARGON, LennardJones
+from rich.console import Console
 from typer.testing import CliRunner
 
 import jaxft
 from jaxft.calculator import JaxftCalculator
 from jaxft.cli import app
 from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
+from jaxft.evaluate.md import GROUPS, UNITS, tables
 from jaxft.evaluate.md import md as evaluate_md
 from jaxft.evaluate.mdruns import Plan
 
@@ -123,15 +126,25 @@ def test_a_structure_that_cannot_be_run_does_not_stop_the_others(ours):
     assert "Xe" in third.flag
 
 
-def test_temperatures_and_replicas_become_rows_and_means(ours):
+def test_temperatures_and_replicas_become_rows_and_means():
     plan = Plan("bussi", (30.0, 60.0), timestep=4.0, steps=100, replicas=2, interval=4)
-    found = evaluate_md([ours], [crystal()], plan)
+    one_by_one = JaxCandidate("ours", MODEL, PARAMS, batch_size=1)
+    found = evaluate_md([one_by_one], [crystal()], plan)
     cold, warm, law = found.rows
     assert [row.subject for row in found.rows] == ["Ar32, 30 K", "Ar32, 60 K", "Ar32, Arrhenius"]
     assert cold.values["replicas"] == 2
     assert cold.values["temperature"] < warm.values["temperature"]
     assert cold.values["diffusion_error"] > 0
     assert law.flag is not None or law.values["activation_energy_error"] > 0
+    parts = tables(found)
+    shown = {column for part in parts for row in part.rows for column in row.values}
+    assert shown == {c for row in found.rows for c, v in row.values.items() if v is not None}
+    assert set(" ".join(GROUPS.values()).split()) == set(UNITS)
+    console = Console(width=80, file=io.StringIO())
+    for part in parts:
+        console.print(part.render())
+    text = console.file.getvalue()
+    assert "…" not in text
 
 
 def test_a_reference_trajectory_replaces_the_first_model(ours):
@@ -152,6 +165,11 @@ def test_a_reference_trajectory_replaces_the_first_model(ours):
         ({"steps": 0}, "at least one of each"),
         ({"temperatures": ()}, "at least one of each"),
         ({"timestep": -1.0}, "positive"),
+        ({"temperatures": (300.0, 300.0)}, "not all different"),
+        ({"temperatures": (-5.0,)}, "temperature=-5.0"),
+        ({"temperatures": (np.nan,)}, "temperature=nan"),
+        ({"pressure": np.inf}, "pressure=inf"),
+        ({"seed": -1}, "seed=-1 is not possible"),
     ],
 )
 def test_impossible_plans_are_refused(change, message):

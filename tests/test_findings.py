@@ -165,7 +165,8 @@ def test_flags_and_means(finding):
 
 def test_tables_leave_out_columns_without_values(finding):
     headings = [str(column.header) for column in finding.render().columns]
-    assert headings == ["model", "subject", "size\nÅ", "count", "good", "word", "flag"]
+    assert headings == ["model", "subject", "size\nÅ", "count", "good", "word"]
+    assert str(finding.render().caption) == "b, x: it <exploded>"
     heading, first, *_ = finding.csv_rows()
     assert heading[:4] == ["check", "model", "subject", "size [Å]"]
     assert first[3:] == ["1.5", "3", "True", "Fm-3m", "", ""]

@@ -59,7 +59,7 @@ def evaluate_md(
     """Survival, energy drift, diffusion, radial distribution and vibrations of trajectories."""
     from jaxft.data.frames import read_atoms
     from jaxft.display import Display
-    from jaxft.evaluate.md import md
+    from jaxft.evaluate.md import md, tables
     from jaxft.evaluate.mdruns import Plan
     from jaxft.md.limits import Limits
 
@@ -89,4 +89,4 @@ def evaluate_md(
             stride=stride,
             progress=None if as_json else advance,
         )
-    show(finding, as_json=as_json, save=save, report=report)
+    show(finding, as_json=as_json, save=save, report=report, tables=tables(finding))

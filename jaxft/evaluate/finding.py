@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 MISSING = "–"
 
@@ -122,10 +123,17 @@ class Finding:
         }
 
     def render(self) -> Table:
-        """For a terminal; rich prints it. Columns without any value are left out."""
+        """For a terminal; rich prints it. Columns without any value are left out, and flags are
+        lines below, since they are sentences."""
         shown = [c for c in self.units if any(row.values.get(c) is not None for row in self.rows)]
+        flags = Text("\n".join(f"{r.model}, {r.subject}: {r.flag}" for r in self.flags))
         table = Table(
-            title=self.check, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            title=self.check,
+            title_justify="left",
+            caption=flags if self.flags else None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
         table.add_column("model", overflow="fold")
         table.add_column("subject", overflow="fold")
@@ -133,12 +141,9 @@ class Finding:
             unit = self.units[column]
             heading = column.replace("_", " ") + (f"\n{unit}" if unit else "")
             table.add_column(heading, justify="right")
-        if self.flags:
-            table.add_column("flag", overflow="fold")
         for row in self.rows:
             cells = [shown_value(row.values.get(column)) for column in shown]
-            flag = [row.flag or ""] if self.flags else []
-            table.add_row(row.model, row.subject, *cells, *flag)
+            table.add_row(row.model, row.subject, *cells)
         return table
 
     def csv_rows(self) -> list[list[str]]:

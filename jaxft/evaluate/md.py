@@ -13,8 +13,8 @@ from jaxft.bundle import refuse_existing
 from jaxft.evaluate.candidate import Candidate, check_names
 from jaxft.evaluate.finding import Finding, Row, Value
 from jaxft.evaluate.mdlooks import Look, look_at, pictures_of
-from jaxft.evaluate.mdruns import Outcome, Plan, jobs_of, names_of, outcomes_of
-from jaxft.md.diffusion import Diffusion, arrhenius
+from jaxft.evaluate.mdruns import Job, Outcome, Plan, jobs_of, outcomes_of
+from jaxft.md.diffusion import arrhenius
 from jaxft.md.rdf import earth_mover, largest_radius, rdf_error
 from jaxft.md.spectrum import spectrum_error
 
@@ -38,6 +38,16 @@ UNITS = {
     "lists": "",
     "compilations": "",
 }
+
+GROUPS = {
+    "md: survival": "replicas survived survival_time",
+    "md: state": "temperature pressure volume",
+    "md: conservation": "energy_drift energy_fluctuation",
+    "md: structure and motion": "rdf_error rdf_earth_mover vdos_error diffusion diffusion_error",
+    "md: activation": "activation_energy activation_energy_error",
+    "md: cost": "steps_per_second lists compilations",
+}
+"""Columns of the tables of a terminal."""
 
 
 def md(
@@ -81,30 +91,40 @@ def md(
     if trajectories is not None:
         refuse_existing(trajectories)
         trajectories.mkdir()
-    jobs, names = jobs_of(structures, plan), names_of(structures)
-    of = {job.subject: job for job in jobs}
+    jobs = jobs_of(structures, plan)
     rows: list[Row] = []
     looks: dict[tuple[str, str], Look] = {}
     for candidate in candidates:
-        coefficients: dict[str, dict[float, Diffusion]] = {name: {} for name in names}
-        for subject, outcome in outcomes_of(candidate, jobs, plan, progress).items():
-            if trajectories is not None:
-                _write(trajectories, candidate.name, subject, outcome, stride)
-            look = look_at(outcome.replicas, plan, reference)
-            looks[candidate.name, subject] = look
-            base = looks[candidates[0].name, subject]
-            is_base = reference is None and candidate is candidates[0]
-            compared = {} if is_base else _compared(look, base, is_given=reference is not None)
-            values = _values(outcome, look, plan) | compared
+        outcomes = outcomes_of(candidate, jobs, plan, progress)
+        if trajectories is not None:
+            _write(trajectories, candidate.name, outcomes, stride)
+        own = {name: look_at(o.replicas, plan, reference) for name, o in outcomes.items()}
+        looks |= {(candidate.name, subject): look for subject, look in own.items()}
+        for subject, outcome in outcomes.items():
+            look, base = own[subject], looks[candidates[0].name, subject]
+            values = _values(outcome, look, plan)
+            values |= _compared(look, base, is_given=reference is not None)
             rows.append(Row(candidate.name, subject, values, _flag(outcome, look)))
-            if look.diffusion is not None:
-                coefficients[names[of[subject].structure]][of[subject].kelvin] = look.diffusion
         if len(plan.temperatures) > 1:
-            rows += [
-                _arrhenius(candidate.name, name, found) for name, found in coefficients.items()
-            ]
+            rows += _laws(candidate.name, jobs, own)
     settings = asdict(plan) | {"reference": "given" if reference else candidates[0].name}
     return Finding("md", tuple(rows), UNITS, settings, pictures_of(looks), _notes(plan))
+
+
+def tables(finding: Finding) -> list[Finding]:
+    """The columns in groups that fit a terminal, each with the rows that have something in it."""
+    found: list[Finding] = []
+    for title, names in GROUPS.items():
+        columns = names.split()
+        rows = [
+            Row(row.model, row.subject, values, None if found else row.flag)
+            for row in finding.rows
+            if (values := {c: row.values[c] for c in columns if row.values.get(c) is not None})
+            or (row.flag and not found)
+        ]
+        if rows:
+            found.append(Finding(title, tuple(rows), {c: finding.units[c] for c in columns}))
+    return found
 
 
 def _check(
@@ -167,6 +187,8 @@ def _values(outcome: Outcome, look: Look, plan: Plan) -> dict[str, Value]:
 
 def _compared(look: Look, base: Look, *, is_given: bool) -> dict[str, Value]:
     found: dict[str, Value] = {}
+    if look is base and not is_given:
+        return found
     pairs = base.expected if is_given else base.rdf
     if pairs is not None and look.rdf is not None:
         found["rdf_error"] = rdf_error(pairs, look.rdf)
@@ -187,20 +209,28 @@ def _flag(outcome: Outcome, look: Look) -> str | None:
     return "; ".join([*said, *look.missing]) or None
 
 
-def _arrhenius(model: str, name: str, found: Mapping[float, Diffusion]) -> Row:
-    subject = f"{name}, Arrhenius"
-    try:
-        law = arrhenius(list(found), list(found.values()))
-    except ValueError as error:
-        return Row(model, subject, {}, str(error).splitlines()[0])
-    values = {"activation_energy": law.energy, "activation_energy_error": law.error}
-    return Row(model, subject, values)
+def _laws(model: str, jobs: Sequence[Job], looks: Mapping[str, Look]) -> list[Row]:
+    """Arrhenius' of every structure."""
+    rows = []
+    for name in dict.fromkeys(job.structure for job in jobs):
+        of = {job.kelvin: looks[job.subject].diffusion for job in jobs if job.structure == name}
+        found = {kelvin: d for kelvin, d in of.items() if d is not None}
+        subject = f"{name}, Arrhenius"
+        try:
+            law = arrhenius(list(found), list(found.values()))
+        except ValueError as error:
+            rows.append(Row(model, subject, {}, str(error).splitlines()[0]))
+            continue
+        values = {"activation_energy": law.energy, "activation_energy_error": law.error}
+        rows.append(Row(model, subject, values))
+    return rows
 
 
-def _write(folder: Path, model: str, subject: str, outcome: Outcome, stride: int) -> None:
-    for i, trajectory in enumerate(outcome.replicas):
-        name = f"{model}-{subject}-{i + 1}.xyz".replace(", ", "-").replace(" ", "")
-        trajectory.write(folder / name.replace("/", "_"), stride=stride)
+def _write(folder: Path, model: str, outcomes: Mapping[str, Outcome], stride: int) -> None:
+    for subject, outcome in outcomes.items():
+        for i, trajectory in enumerate(outcome.replicas):
+            name = f"{model}-{subject}-{i + 1}.xyz".replace(", ", "-").replace(" ", "")
+            trajectory.write(folder / name.replace("/", "_"), stride=stride)
 
 
 def _notes(plan: Plan) -> tuple[str, ...]:

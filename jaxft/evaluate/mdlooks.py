@@ -20,6 +20,9 @@ from jaxft.md.trajectory import Trajectory
 RDF_FRAMES = 100
 """At most, of each replica, that pairs are counted in."""
 
+LEAST = 3
+"""Frames of a trajectory that is measured."""
+
 Curve = tuple[np.ndarray, np.ndarray]
 
 
@@ -45,9 +48,10 @@ def look_at(
     replicas: Sequence[Trajectory], plan: Plan, reference: Sequence[ase.Atoms] | None
 ) -> Look:
     """Measure the replicas that reached the end; of the others nothing but survival counts."""
-    whole = [t for t in replicas if t.ended is None and len(t) >= 3]
-    if not whole:
-        return Look((), None, None, None, None, None, None, ())
+    whole = [t for t in replicas if t.ended is None]
+    if not whole or len(whole[0]) < LEAST:
+        short = [f"{len(t)} frames are too few to measure anything" for t in whole[:1]]
+        return Look((), None, None, None, None, None, None, tuple(short))
     moved = [_displaced(t, plan.element) for t in whole]
     interval, missing = whole[0].interval, list[str]()
     coefficient = vibrations = None

@@ -17,6 +17,8 @@ from jaxft.md.serial import run_serial
 from jaxft.md.simulation import Simulation
 from jaxft.md.trajectory import Recorder, Trajectory
 
+MOST_SEED = 1 << 31
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,12 +56,24 @@ class Plan:
     def __post_init__(self) -> None:
         for kelvin in self.temperatures:
             ensemble_of(self.ensemble, kelvin, self.pressure)
+            bussi(kelvin)  # nve's temperature, that of its velocities, is checked too
+        if not np.isfinite(self.pressure):
+            raise ValueError(f"pressure={self.pressure} GPa is not possible; use a finite one.")
         counts = (self.steps, self.replicas, self.interval)
         if not self.temperatures or min(counts) < 1 or self.equilibration < 0:
             raise ValueError(
                 f"{self.replicas} replicas, {len(self.temperatures)} temperatures, "
                 f"{self.equilibration} + {self.steps} steps and a frame every {self.interval} are "
                 "not possible; use at least one of each."
+            )
+        if len({f"{kelvin:g}" for kelvin in self.temperatures}) < len(self.temperatures):
+            raise ValueError(
+                f"temperatures {list(self.temperatures)} K are not all different; give each once, "
+                "and replicas for more runs at one."
+            )
+        if not 0 <= self.seed < MOST_SEED:
+            raise ValueError(
+                f"seed={self.seed} is not possible; use one from 0 to {MOST_SEED - 1}."
             )
         if not 0 < self.timestep < np.inf or not self.skin > 0:
             raise ValueError(
@@ -72,7 +86,7 @@ class Job(NamedTuple):
     """One replica."""
 
     subject: str
-    structure: int
+    structure: str
     kelvin: float
     atoms: ase.Atoms
     seed: int
@@ -101,12 +115,12 @@ def names_of(structures: Sequence[ase.Atoms]) -> list[str]:
 def jobs_of(structures: Sequence[ase.Atoms], plan: Plan) -> list[Job]:
     """Every structure at every temperature, as often as there are replicas, with velocities."""
     jobs: list[Job] = []
-    for index, (name, atoms) in enumerate(zip(names_of(structures), structures, strict=True)):
+    for name, atoms in zip(names_of(structures), structures, strict=True):
         for kelvin in plan.temperatures:
             for _ in range(plan.replicas):
                 seed = plan.seed + len(jobs)
                 start = thermal(atoms, kelvin, seed=seed)
-                jobs.append(Job(f"{name}, {kelvin:g} K", index, kelvin, start, seed))
+                jobs.append(Job(f"{name}, {kelvin:g} K", name, kelvin, start, seed))
     return jobs
 
 

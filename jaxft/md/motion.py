@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxft.graph import Graph, sum_atoms
 from jaxft.md.ensembles import Knobs
 from jaxft.md.limits import NOT_FINITE, TOO_CLOSE, TOO_HOT
-from jaxft.md.pairs import Layout, Pairs, edge_rows, locate
+from jaxft.md.pairs import Layout, Located, Pairs, edge_rows, locate
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, Params
 
@@ -176,41 +176,51 @@ def _kicked(
     trial: State,
 ) -> State:
     """The last B, with the forces where atoms are now; replicas that are not sound stay behind."""
-    of = still.graph.graph_index
     scale = jnp.exp(trial.strain)
-    located = locate(pairs, trial.displacements, scale[of])
+    located = locate(pairs, trial.displacements, scale[still.graph.graph_index])
     graph = still.graph._replace(volume=still.graph.volume * scale**3)
     graph, n_row = edge_rows(pairs, located, layout, graph, model.r_max)
     found = predict(model, params, graph)
     kick = 0.5 * knobs.timestep * found.forces / still.masses[:, None]
-    velocities = trial.velocities + kick
-    kinetic = kinetic_energy(velocities, still)
-    is_finite = jnp.isfinite(found.energy + sum_atoms(found.forces.sum(1), graph) + kinetic)
+    step = state.step + 1
+    new = trial._replace(
+        step=step,
+        velocities=trial.velocities + kick,
+        forces=found.forces,
+        energies=found.node_energy,
+        stress=found.stress,
+    )
+    reason = jnp.where(state.is_alive, _unsound(new, still, pairs, located, knobs), state.reason)
+    ended = jnp.where(state.is_alive & (reason > 0), step, state.ended)
+    new = _where_sound(reason == 0, still.graph.graph_index, new, state)
+    new = new._replace(reason=reason, ended=ended)
+    lacking = state._replace(n_row=n_row)
+    return jax.tree.map(lambda a, b: jnp.where(n_row > layout.n_row, a, b), lacking, new)
+
+
+def _unsound(new: State, still: Still, pairs: Pairs, located: Located, knobs: Knobs) -> Array:
+    """[G] int32, what is wrong; 0 is nothing."""
+    graph = still.graph
+    kinetic = kinetic_energy(new.velocities, still)
+    every = sum_atoms(new.energies + new.forces.sum(1), graph) + kinetic
     is_hot = 2 * kinetic > jnp.maximum(knobs.degrees, 1) * knobs.hottest
     least = still.radii[pairs.receivers] + still.radii[pairs.senders]
     near = jnp.zeros(graph.n_graph, jnp.int32)
-    near = near.at[of[pairs.receivers]].add(located.squares < least**2, indices_are_sorted=True)
-    reason = jnp.where(near > 0, TOO_CLOSE, jnp.where(is_hot, TOO_HOT, 0))
-    reason = jnp.where(is_finite, reason, NOT_FINITE)
-    goes_on = state.is_alive & (reason == 0)
-    step = state.step + 1
-
-    new = State(
-        step,
-        _of_atoms(goes_on, of, trial.displacements, state.displacements),
-        _of_atoms(goes_on, of, velocities, state.velocities),
-        jnp.where(goes_on, trial.strain, state.strain),
-        _of_atoms(goes_on, of, found.forces, state.forces),
-        jnp.where(goes_on[of], found.node_energy, state.energies),
-        jnp.where(goes_on[:, None, None], found.stress, state.stress),
-        jnp.where(state.is_alive, reason, state.reason),
-        jnp.where(state.is_alive & (reason > 0), step, state.ended),
-        state.moved,
-        state.n_row,
+    near = near.at[graph.graph_index[pairs.receivers]].add(
+        located.squares < least**2, indices_are_sorted=True
     )
-    stays = state._replace(n_row=n_row)
-    return jax.tree.map(lambda a, b: jnp.where(n_row > layout.n_row, a, b), stays, new)
+    reason = jnp.where(near > 0, TOO_CLOSE, jnp.where(is_hot, TOO_HOT, 0))
+    return jnp.where(jnp.isfinite(every), reason, NOT_FINITE)
 
 
-def _of_atoms(goes_on: Array, of: Array, new: Array, old: Array) -> Array:
-    return jnp.where(goes_on[of, None], new, old)
+def _where_sound(is_sound: Array, of: Array, new: State, old: State) -> State:
+    """What atoms and replicas have, of ``new`` where it is sound."""
+
+    def choose(name: str, where: Array) -> Array:
+        a, b = getattr(new, name), getattr(old, name)
+        return jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    atoms = ("displacements", "velocities", "forces", "energies")
+    graphs = ("strain", "stress")
+    kept = {name: choose(name, is_sound[of]) for name in atoms}
+    return new._replace(**kept, **{name: choose(name, is_sound) for name in graphs})
