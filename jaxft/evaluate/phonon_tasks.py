@@ -14,6 +14,15 @@ from jaxft.evaluate.lattices import Lattice, by_displacements, by_hessian, like,
 from jaxft.evaluate.zones import Zone, zone_of
 
 METHODS = ("displacements", "hessian")
+POSITIVE = (
+    "min_length",
+    "distance",
+    "mesh",
+    "tolerance",
+    "kappa_length",
+    "kappa_distance",
+    "kappa_mesh",
+)
 GRUNEISEN_STEP = 0.01
 """Relative change of the volume, up and down."""
 
@@ -35,6 +44,10 @@ class Options:
       slack: Slack's thermal conductivity, from Grüneisen parameters at two more volumes.
       expansion: thermal expansion, from seven volumes.
       tolerance: a crystal is stable if its lowest frequency is above minus this, THz.
+      kappa: thermal conductivity from third-order force constants, see :mod:`jaxft.evaluate.kappa`.
+      kappa_length: of supercells for the third order, between their faces, Å.
+      kappa_distance: of displacements for the third order, Å.
+      kappa_mesh: as ``mesh``, of the q points that scatter.
     """
 
     method: str = "displacements"
@@ -46,11 +59,15 @@ class Options:
     slack: bool = False
     expansion: bool = False
     tolerance: float = 0.05
+    kappa: bool = False
+    kappa_length: float = 8.0
+    kappa_distance: float = 0.03
+    kappa_mesh: float = 30.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; use one of {', '.join(METHODS)}.")
-        for name in ("min_length", "distance", "mesh", "tolerance"):
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible; use one above 0.")
         if self.fmax is not None and not self.fmax > 0:
