@@ -59,6 +59,18 @@ def test_it_is_what_finite_displacements_converge_to(crystal, small):
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+def test_a_supercell_thinner_than_the_cutoff_is_flagged(small):
+    pytest.importorskip("seekpath")
+    from jaxft.evaluate.crystals import crystal_of
+    from jaxft.evaluate.phonon_tasks import Options, _folded, ground_of
+
+    unit, cutoff = ase.build.bulk("NaCl", "rocksalt", a=5.6), small[0].r_max
+    for repeats, count in ((1, 1), (3, 0)):
+        ground = ground_of(crystal_of(unit, supercell=(repeats,) * 3), Options(mesh=9.0))
+        assert (5.6 / np.sqrt(3) * repeats < cutoff) == bool(count)
+        assert len(_folded(JaxCandidate("own", *small), ground)) == count
+
+
 def test_products_chunks_and_chosen_rows_are_of_the_same_matrix(matrix, crystal, small):
     vectors = np.random.default_rng(0).normal(size=(5, len(crystal), 3))
     expected = (vectors.reshape(5, -1) @ matrix).reshape(vectors.shape)

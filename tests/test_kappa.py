@@ -107,6 +107,16 @@ def test_a_failure_in_a_displaced_cell_is_a_flag():
     assert found.reason.startswith("no kappa: not finite (1 of ")
 
 
+def test_a_mesh_without_scattering_is_flagged():
+    """Γ alone carries nothing."""
+    pytest.importorskip("phono3py")
+    options = replace(OPTIONS, kappa_mesh=3.0, kappa_length=5.0)
+    model = argon("argon")
+    solved = solve_all(model, {"Ar": ground_of(crystal(), options)}, options)
+    (found,) = conductivities(model, solved, options).values()
+    assert "kappa_mesh" in found.reason
+
+
 def test_without_phono3py_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "phono3py", None)
     with pytest.raises(ModuleNotFoundError, match=r"jaxft\[phonons,phono3py\]"):

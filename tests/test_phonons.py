@@ -1,6 +1,7 @@
 """Phonons of crystals whose frequencies, heat capacity and Grüneisen parameter are known."""
 
 import ase.build
+import ase.io
 import numpy as np
 import pytest
 from ase.calculators.calculator import Calculator, all_changes
@@ -283,6 +284,7 @@ def test_what_is_broken_is_flagged_and_the_rest_goes_on(tmp_path):
         crystal_of(pair, "overlap"),
         read_crystal(tmp_path / "bare"),
         crystal_of(cubic("Xe"), "unknown"),
+        crystal_of(cubic(), "one atom", (1, 1, 1)),
     ]
     judged = [AseCandidate("broken", Broken()), springs("sound", Po=K)]
     finding = phonons(judged, crystals, Options(**FAST))
@@ -291,6 +293,7 @@ def test_what_is_broken_is_flagged_and_the_rest_goes_on(tmp_path):
     assert ("sound", "overlap") in flags
     assert "FORCE_SETS" in flags["sound", "bare"]
     assert "KeyError" in flags["sound", "unknown"]
+    assert "are zero" in flags["sound", "one atom"]
     assert not {("sound", "Po"), ("sound", "Po at 300 K")} & set(flags)
     assert row(finding, "sound", "Po").values["stable"]
     assert row(finding, "sound", "bare").values["omega_max"] > 1
@@ -391,3 +394,9 @@ def test_questions_that_mean_nothing_are_refused(tmp_path):
         read_crystal(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no phonopy_params"):
         read_crystal(tmp_path)
+    ase.io.write(tmp_path / "path.xyz", [cubic(), cubic()])
+    with pytest.raises(ValueError, match="2 structures"):
+        read_crystal(tmp_path / "path.xyz")
+    (tmp_path / "junk.cif").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_crystal(tmp_path / "junk.cif")

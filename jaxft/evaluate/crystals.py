@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import ase
-import ase.io
 import numpy as np
 from ase.units import Bohr, Hartree
 
+from jaxft.data.frames import read_atoms
 from jaxft.evaluate.phonopyfiles import born_charges, force_sets, phonopy_yaml
 
 YAMLS = ("phonopy_params.yaml", "phonopy_disp.yaml", "phonopy.yaml")
@@ -126,8 +126,10 @@ def read_crystal(
         phonopy_api()
         unit, _ = read_crystal_structure(str(cells[0]), interface_mode="vasp")
         return _with_reference(name, folder, unit, np.diag(supercell), None, None, None, None)
-    (atoms,) = ase.io.read(path, "-1:")
-    return crystal_of(atoms, name, supercell)
+    images = read_atoms(path)
+    if len(images) > 1:
+        raise ValueError(f"{path} holds {len(images)} structures; give a file of one crystal.")
+    return crystal_of(images[0], name, supercell)
 
 
 def _yaml(folder: Path) -> Path | None:

@@ -23,6 +23,12 @@ from jaxft.evaluate.spectra import mesh_numbers, spectrum
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 """phono3py's order of the six numbers of a symmetric tensor."""
 
+UNSCATTERED = 1e-9
+"""THz: half of a scattering rate below which a mode has met no partners, and lives forever."""
+
+FREE_SHARE = 0.01
+"""Of the conductivity, that such modes may have."""
+
 UNSTABLE = "no kappa: there are imaginary modes"
 
 
@@ -137,7 +143,11 @@ def _solve(task: Any, outcomes: list[Outcome], options: Options) -> Conductivity
     if not np.isfinite(tensors).all():
         return Flag("no kappa: it is not finite")
     points = np.asarray(result.grid_weights).sum()
-    return Conductivity(tensors, np.asarray(result.mode_kappa)[0, ..., :3].mean(-1) / points)
+    modes = np.asarray(result.mode_kappa)[0, ..., :3].mean(-1) / points
+    free = np.where(np.asarray(result.gamma)[0] < UNSCATTERED, modes, 0).sum((1, 2))
+    if (free >= FREE_SHARE * modes.sum((1, 2))).any():
+        return Flag("no kappa: modes that nothing scatters on so coarse a mesh; raise kappa_mesh")
+    return Conductivity(tensors, modes)
 
 
 def _tensors(numbers: np.ndarray) -> np.ndarray:

@@ -26,6 +26,9 @@ POSITIVE = (
 GRUNEISEN_STEP = 0.01
 """Relative change of the volume, up and down."""
 
+NO_FORCE = 1e-10
+"""eV/Å², of rounding."""
+
 QHA_VOLUMES = (0.97, 0.985, 1.0, 1.015, 1.03, 1.045, 1.06)
 """Relative to that of the crystal."""
 
@@ -175,7 +178,7 @@ class _Plan:
 def _plan(candidate: Candidate, ground: Ground | Flag, options: Options) -> _Plan | Flag:
     if isinstance(ground, Flag):
         return ground
-    cell, flags = ground.crystal.cell, []
+    cell, flags = ground.crystal.cell, _folded(candidate, ground)
     if options.fmax is not None:
         outcome = relaxed(candidate, cell, options.fmax)
         if isinstance(outcome, Flag):
@@ -202,12 +205,28 @@ def _plan(candidate: Candidate, ground: Ground | Flag, options: Options) -> _Pla
     return _Plan(ground, tasks, tuple(flags))
 
 
+def _folded(candidate: Candidate, ground: Ground) -> list[str]:
+    """Whether atoms feel their own images in the supercell, where the model's cutoff is known."""
+    if not isinstance(candidate, JaxCandidate):
+        return []
+    inverse = np.linalg.inv(np.asarray(ground.phonons.supercell.cell))
+    thickness, cutoff = float(1 / np.linalg.norm(inverse, axis=0).max()), candidate.model.r_max
+    if thickness >= cutoff:
+        return []
+    return [
+        f"the supercell is {thickness:.1f} Å thick, the cutoff {cutoff:g} Å: frequencies are the "
+        "model's at wave vectors that fit into it alone"
+    ]
+
+
 def _solved(plan: _Plan, answers: list[Lattice | Flag], options: Options) -> Solved | Flag:
     lattices: dict[float, Lattice] = {}
     for volume, answer in zip(options.volumes, answers, strict=False):
         if isinstance(answer, Flag):
             where = "" if volume == 1.0 else f"at {volume:g} of the volume: "
             return Flag(where + answer.reason)
+        if not abs(answer.phonons.force_constants).max() > NO_FORCE:
+            return Flag("no phonons: force constants are zero, as in a supercell of one atom")
         lattices[volume] = answer
     at_reference = answers[-1] if len(answers) > len(options.volumes) else lattices[1.0]
     flags, error = plan.flags, None
