@@ -28,7 +28,7 @@ def phonopy_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is no file of phonopy: {_line(error)}.") from error
 
 
-def force_sets(path: Path, phonons: Any, expected: Any) -> dict:
+def force_sets(path: Path, phonons: Any, expected: Any) -> Any:
     """Displacements and forces of a FORCE_SETS file.
 
     Args:
@@ -57,19 +57,19 @@ def force_sets(path: Path, phonons: Any, expected: Any) -> dict:
     return found
 
 
-def _same(one: dict, other: dict) -> bool:
+def _same(one: Any, other: Any) -> bool:
     a, b = _displacements(one), _displacements(other)
     return a.shape == b.shape and bool(np.allclose(a, b, atol=SAME))
 
 
-def _displacements(dataset: dict) -> np.ndarray:
+def _displacements(dataset: Any) -> np.ndarray:
     """[cells, N, 3] of random ones; [cells, 4], atom and displacement, of single ones; Å."""
     if "displacements" in dataset:
         return np.asarray(dataset["displacements"], float)
     return np.array([[d["number"], *d["displacement"]] for d in dataset["first_atoms"]])
 
 
-def born_charges(path: Path, phonons: Any) -> dict:
+def born_charges(path: Path, phonons: Any) -> Any:
     """Born charges and dielectric tensor of a BORN file, for the atoms of the primitive cell.
 
     Of the atoms that symmetry leaves, as the format has it, or else of all atoms: of the primitive
@@ -93,7 +93,7 @@ def born_charges(path: Path, phonons: Any) -> dict:
     raise ValueError(f"{path} cannot be read: {why}.\nIs it of this crystal?")
 
 
-def _of_primitive(nac: dict, phonons: Any) -> dict:
+def _of_primitive(nac: dict, phonons: Any) -> Any:
     """Charges of all atoms of the unit cell, averaged over symmetry, of those of the primitive."""
     from phonopy.structure.symmetry import symmetrize_borns_and_epsilon
 
