@@ -93,7 +93,7 @@ def born_charges(path: Path, phonons: Any) -> Any:
     raise ValueError(f"{path} cannot be read: {why}.\nIs it of this crystal?")
 
 
-def _of_primitive(nac: dict, phonons: Any) -> Any:
+def _of_primitive(nac: Any, phonons: Any) -> Any:
     """Charges of all atoms of the unit cell, averaged over symmetry, of those of the primitive."""
     from phonopy.structure.symmetry import symmetrize_borns_and_epsilon
 
