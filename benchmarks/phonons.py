@@ -1,8 +1,9 @@
 """Phonons of the small foundation model, as it is and fine-tuned with ten frames, against DFT's.
 
-    python benchmarks/phonons.py table                  NaCl, KCl, diamond; needs $JAXFT_DATA
+    python benchmarks/phonons.py table                  all sets; needs $JAXFT_DATA
     python benchmarks/phonons.py table --set NaCl --preset lora
     python benchmarks/phonons.py speed                  batched against one cell after the other
+    python benchmarks/phonons.py agreement              finite, exact, torch: one model
     python benchmarks/phonons.py memory                 exact Hessian of 64 atoms
 
 ``table``: ten frames of random displacements (phonopy's and phono3py's published sets) train all
@@ -10,7 +11,10 @@ parameters with the preset ``naive``, through the command ``jaxft finetune``. Re
 
   NaCl     FORCE_SETS of example/NaCl with BORN; the frames are example/NaCl-rd, another calculation
   KCl      harmonic force constants of example/KCl-SSCHA; frames of its set with forces below 2 eV/Å
-  diamond  fitted by symfc to the frames of test/phonon4 that were not trained on
+  diamond  fitted by symfc to the 90 frames of test/phonon4 that were not trained on
+  Si       the same, 990 frames of 8 atoms: a cell smaller than the interactions, alike for all
+  MgO      the same, 90 frames; the base knows no Mg, which starts as a copy of Li: its row is no
+           model of MgO, and all that "tuned" knows of Mg are the ten frames
 
 Frequencies in THz and C_V in J/mol/K come from ``jaxft evaluate phonons``; force errors in meV/Å
 are those on the frames of the set that were not trained on, and for NaCl those in the displaced
@@ -19,6 +23,12 @@ cells of FORCE_SETS.
 ``speed``: finite displacements of a 64-atom NaCl cell without symmetry, 48 cells: all of them in
 batches, against ASE's loop with jaxft's calculator, and with mace-torch's on the same weights.
 ``ratio`` is torch / batched. One process, turns alternate, medians; compilation is not counted.
+
+``agreement``: phonons of NaCl (2x2x2 primitive cells, float64) of the model in ``--model`` by
+finite displacements, by the exact Hessian, and by phonopy driven by ASE calculators, jaxft's and
+mace-torch's on the same file. Largest differences of frequencies over a 5x5x5 mesh, THz; residuals
+of the acoustic sum rule before it is imposed, eV/Å²; and group velocities next to Γ against ω / q
+there, km/s. ``ratio`` is torch's difference over 1e-4 THz. Exits with 1 where a limit is broken.
 
 ``memory``: the peak of a fresh process that computes the exact Hessian twice, float64. ``ratio`` is
 that peak over ``--limit`` GiB. The last line is a JSON object.
@@ -107,30 +117,50 @@ def kcl(data: Path, rng: np.random.Generator) -> tuple[Any, list[ase.Atoms], lis
     return reference, [calm[i] for i in train], [calm[i] for i in rest]
 
 
-def diamond(data: Path, rng: np.random.Generator) -> tuple[Any, list[ase.Atoms], list[ase.Atoms]]:
+def fitted(
+    path: Path, name: str, rng: np.random.Generator
+) -> tuple[Any, list[ase.Atoms], list[ase.Atoms]]:
     """As :func:`nacl`; the reference is fitted to the frames that are not trained on."""
     from dataclasses import replace
 
     from jaxft.evaluate.crystals import read_crystal, solve
     from jaxft.evaluate.lattices import like
 
-    path = data / "raw" / "phonopy+phono3py" / "test" / "phonon4"
-    path = path / "phonopy_params-C-diamond.yaml.xz"
-    crystal = read_crystal(path, name="diamond")
+    crystal = read_crystal(path, name=name)
     phonons, frames = random_set(path)
     order = rng.permutation(len(frames))
     train, rest = order[:FRAMES], order[FRAMES:]
-    fitted = like(phonons)
-    fitted.dataset = {
+    harmonic = like(phonons)
+    harmonic.dataset = {
         "displacements": phonons.displacements[rest],
         "forces": phonons.forces[rest],
     }
-    solve(fitted)
-    chosen = replace(crystal, reference=fitted)
+    solve(harmonic)
+    chosen = replace(crystal, reference=harmonic)
     return chosen, [frames[i] for i in train], [frames[i] for i in rest]
 
 
-SETS = {"NaCl": nacl, "KCl": kcl, "diamond": diamond}
+def diamond(data: Path, rng: np.random.Generator) -> tuple[Any, list[ase.Atoms], list[ase.Atoms]]:
+    """As :func:`fitted`."""
+    folder = data / "raw" / "phonopy+phono3py" / "test" / "phonon4"
+    return fitted(folder / "phonopy_params-C-diamond.yaml.xz", "diamond", rng)
+
+
+def silicon(data: Path, rng: np.random.Generator) -> tuple[Any, list[ase.Atoms], list[ase.Atoms]]:
+    """As :func:`fitted`, in cells of eight atoms."""
+    folder = data / "raw" / "phonopy+phono3py" / "test"
+    return fitted(folder / "phono3py_params-Si111-rd.yaml.xz", "Si", rng)
+
+
+def mgo(data: Path, rng: np.random.Generator) -> tuple[Any, list[ase.Atoms], list[ase.Atoms]]:
+    """As :func:`fitted`."""
+    folder = data / "raw" / "phonopy+phono3py" / "test"
+    return fitted(folder / "phono3py_params_MgO-222rd-444rd.yaml.xz", "MgO", rng)
+
+
+SETS = {"NaCl": nacl, "KCl": kcl, "diamond": diamond, "Si": silicon, "MgO": mgo}
+NEW = {"MgO": ("Mg", "Li")}
+"""An element that the base lacks, and the one that it starts as a copy of."""
 
 
 def tune(base: Path, frames: list[ase.Atoms], preset: str, folder: Path) -> tuple[Path, float]:
@@ -167,6 +197,7 @@ def table(args: argparse.Namespace) -> None:
 
     import jaxft
     from converters.to_jax import convert
+    from jaxft import surgery
     from jaxft.evaluate.candidate import JaxCandidate
     from jaxft.evaluate.phonons import phonons
 
@@ -176,8 +207,12 @@ def table(args: argparse.Namespace) -> None:
     model, params = convert(FOUNDATION)
     for name in args.set or SETS:
         crystal, train, rest = SETS[name](Path(data), np.random.default_rng(0))
+        start = model, params
+        if name in NEW:
+            new, old = NEW[name]
+            start = surgery.add_element(model, params, new, like=old, e0s=0.0)
         with tempfile.TemporaryDirectory() as folder:
-            base = jaxft.save(Path(folder) / "base.jaxft", model, params)
+            base = jaxft.save(Path(folder) / "base.jaxft", *start)
             tuned, seconds = tune(base, train, args.preset, Path(folder))
             judged = [
                 JaxCandidate(label, *jaxft.load(path, dtype="float64"), batch_size=4)
@@ -204,6 +239,7 @@ def table(args: argparse.Namespace) -> None:
             "units": finding.to_dict()["units"] | {"held_out_force_rmse": "meV/Å"},
             "train_frames": len(train),
             "held_out_frames": len(rest),
+            "new_element": NEW.get(name),
             "preset": args.preset,
             "changed": TRAINING,
             "seconds": round(seconds, 1),
@@ -224,7 +260,7 @@ def speed(args: argparse.Namespace) -> None:
     model, params = convert(FOUNDATION)
     unit = ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True) * (2, 2, 2)
     cells = []
-    for i in range(CELLS):
+    for i in range(args.cells):
         atoms = unit.copy()
         atoms.positions[i // 6 % len(atoms), i % 3] += 0.01 * (-1) ** (i // 3)
         cells.append(atoms)
@@ -249,7 +285,7 @@ def speed(args: argparse.Namespace) -> None:
         "ratio": round(seconds["torch"] / seconds["batched"], 2),
         "ratio_serial": round(seconds["serial"] / seconds["batched"], 2),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "cells": CELLS,
+        "cells": args.cells,
         "atoms": len(unit),
         "batch": args.batch,
         "rounds": args.rounds,
@@ -258,14 +294,81 @@ def speed(args: argparse.Namespace) -> None:
     finish("phonons", "speed 64 atoms", result | made(args, dtype="float64"), args)
 
 
+LIMITS = {"finite_exact_THz": 1e-3, "jaxft_torch_THz": 1e-4, "velocity_km/s": 1e-2}
+
+
+def agreement(args: argparse.Namespace) -> None:
+    """One model's phonons by every way, with the limits that they must keep."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from converters.to_jax import convert
+    from converters.verify import torch_calculator
+    from jaxft.calculator import JaxftCalculator
+    from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
+    from jaxft.evaluate.crystals import crystal_of
+    from jaxft.evaluate.phonon_tasks import Options, ground_of, solve_all
+    from jaxft.evaluate.spectra import DIRECTIONS, NEAR, acoustic_velocities, spectrum
+
+    model, params = convert(args.model)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    own = JaxCandidate("batched", model, params, batch_size=args.batch)
+    serial = AseCandidate("serial", JaxftCalculator(model, params))
+    theirs = AseCandidate("torch", torch_calculator(args.model, dtype="float64", head=None))
+    crystal = crystal_of(ase.build.bulk("NaCl", "rocksalt", a=5.64), "NaCl", (2, 2, 2))
+    plans = {
+        "finite": (own, Options(distance=args.distance)),
+        "exact": (own, Options(method="hessian")),
+        "serial": (serial, Options()),
+        "torch": (theirs, Options()),
+    }
+    solved = {}
+    for name, (candidate, options) in plans.items():
+        solved[name] = solve_all(candidate, {"NaCl": ground_of(crystal, options)}, options)["NaCl"]
+    found = {name: spectrum(one.phonons, [5, 5, 5]).frequencies for name, one in solved.items()}
+
+    def off(a: str, b: str) -> float:
+        return float(abs(found[a] - found[b]).max())
+
+    exact = solved["exact"].phonons
+    velocities = acoustic_velocities(exact)
+    units = DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1)[:, None]
+    near = exact.run_qpoints(NEAR * units @ np.asarray(exact.primitive.cell).T).frequencies
+    acoustic = np.sort(near[:, :3], axis=1)
+    is_real = acoustic > 0  # of imaginary ones phonopy says 0
+    slopes = abs(velocities - 0.1 * acoustic / NEAR)[is_real]
+    result = {
+        "ratio": off("serial", "torch") / LIMITS["jaxft_torch_THz"],
+        "finite_exact_THz": off("finite", "exact"),
+        "jaxft_torch_THz": off("serial", "torch"),
+        "velocity_km/s": float(slopes.max(initial=0)),
+        "acoustic_modes_compared": int(is_real.sum()),
+        "sum_rule_eV_per_Å2": {name: one.sum_rule for name, one in solved.items()},
+        "omega_max_THz": float(found["exact"].max()),
+        "omega_min_THz": float(found["exact"].min()),
+        "sound_km/s": [float(velocities.min()), float(velocities.max())],
+        "distance_Å": args.distance,
+        "model": Path(args.model).name,
+        "limits": LIMITS,
+    }
+    name = f"agreement {Path(args.model).stem}"
+    finish("phonons", name, result | made(args, dtype="float64"), args)
+    broken = [key for key, limit in LIMITS.items() if not result[key] < limit]
+    if broken:
+        sys.exit(f"error: beyond the limits: {', '.join(broken)}.")
+
+
 def memory(args: argparse.Namespace) -> None:
     """Peak of a fresh process."""
     if not args.child:
         command = [sys.executable, __file__, "memory", "--child", f"--threads={args.threads}"]
+        command.append(f"--model={args.model}")
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(text.splitlines()[-1])
         result = {"ratio": round(found["peak_GiB"] / args.limit, 3), "limit_GiB": args.limit}
-        finish("phonons", "memory 64 atoms", result | found | made(args, dtype="float64"), args)
+        own = args.model == FOUNDATION
+        name = "memory 64 atoms" if own else f"memory 64 atoms {args.model.stem}"
+        finish("phonons", name, result | found | made(args, dtype="float64"), args)
         return
     import jax
 
@@ -276,7 +379,7 @@ def memory(args: argparse.Namespace) -> None:
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    model, params = convert(FOUNDATION)
+    model, params = convert(args.model)
     atoms = ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True) * (2, 2, 2)
     atoms.rattle(0.05, seed=0)
     before = peak()
@@ -304,18 +407,21 @@ def made(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("table", "speed", "memory"))
+    parser.add_argument("part", choices=("table", "speed", "agreement", "memory"))
     parser.add_argument("--set", choices=sorted(SETS), action="append")
     parser.add_argument("--preset", default="naive")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4, help="cells per batch; default 4")
+    parser.add_argument("--model", type=Path, default=FOUNDATION, help="torch file")
+    parser.add_argument("--distance", type=float, default=1e-3, help="finite, Å; default 0.001")
+    parser.add_argument("--cells", type=int, default=CELLS, help="of speed; default 48")
     parser.add_argument("--limit", type=float, default=2.0, help="GiB; default 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     output_options(parser)
     args = parser.parse_args()
     confine(args.threads)
-    {"table": table, "speed": speed, "memory": memory}[args.part](args)
+    {"table": table, "speed": speed, "agreement": agreement, "memory": memory}[args.part](args)
 
 
 if __name__ == "__main__":

@@ -35,28 +35,51 @@ def test_a_common_displacement_costs_nothing(matrix, crystal):
     np.testing.assert_allclose(sums, 0, atol=ROUNDING)
 
 
-def test_it_is_the_derivative_of_the_forces(matrix, crystal, small):
-    step, cells = 1e-4, []
-    for atom, axis in ((0, 0), (5, 2)):
-        for sign in (1, -1):
-            moved = crystal.copy()
-            moved.positions[atom, axis] += sign * step
-            cells.append(moved)
-    forces = [o.forces.ravel() for o in JaxCandidate("own", *small).evaluate(cells)]
-    for row, (up, down) in zip((0, 17), (forces[:2], forces[2:]), strict=True):
-        np.testing.assert_allclose(matrix[row], -(up - down) / (2 * step), atol=1e-5)
+def test_it_is_what_finite_displacements_converge_to(crystal, small):
+    """All of them, as phonopy makes them of a cell without symmetry, in two cells."""
+    pytest.importorskip("phonopy")
+    from jaxft.evaluate.crystals import new_phonons
+    from jaxft.evaluate.lattices import by_displacements, by_hessian, like
+
+    one = new_phonons(crystal, np.diag([1, 1, 2]), np.eye(3))
+    other = like(one)
+    one.generate_displacements(distance=5e-4, is_plusminus=True)
+    assert len(one.displacements) == 6 * len(crystal)
+    candidate = JaxCandidate("own", *small, batch_size=1)
+    (finite,) = by_displacements(candidate, [one])
+    (exact,) = by_hessian(candidate, [other])
+    assert other.force_constants.shape == (8, 16, 3, 3)
+    assert max(finite.sum_rule, exact.sum_rule) < 1e-6
+    assert finite.energy == pytest.approx(exact.energy)
+    ours, theirs = (
+        phonons.run_qpoints([[0, 0, 0], [0, 0, 0.5], [0.5, 0.2, 0.1]]).frequencies
+        for phonons in (one, other)
+    )
+    assert abs(theirs).max() > 1
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_a_supercell_thinner_than_the_cutoff_is_flagged(small):
+    pytest.importorskip("seekpath")
+    from jaxft.evaluate.crystals import crystal_of
+    from jaxft.evaluate.phonon_tasks import Options, _folded, ground_of
+
+    unit, cutoff = ase.build.bulk("NaCl", "rocksalt", a=5.6), small[0].r_max
+    for repeats, count in ((1, 1), (3, 0)):
+        ground = ground_of(crystal_of(unit, supercell=(repeats,) * 3), Options(mesh=9.0))
+        assert (5.6 / np.sqrt(3) * repeats < cutoff) == bool(count)
+        assert len(_folded(JaxCandidate("own", *small), ground)) == count
 
 
 def test_products_chunks_and_chosen_rows_are_of_the_same_matrix(matrix, crystal, small):
     vectors = np.random.default_rng(0).normal(size=(5, len(crystal), 3))
     expected = (vectors.reshape(5, -1) @ matrix).reshape(vectors.shape)
-    for chunk in (2, 5):
-        found = hessian_products(*small, crystal, vectors, chunk=chunk)
-        np.testing.assert_allclose(found, expected, atol=ROUNDING)
-    rows = force_constants(*small, crystal, [6, 1], chunk=5)
+    found = hessian_products(*small, crystal, vectors, chunk=2)  # one more than they fill
+    np.testing.assert_allclose(found, expected, atol=ROUNDING)
+    rows = force_constants(*small, crystal, [6, 1], chunk=2)
     full = matrix.reshape(len(crystal), 3, len(crystal), 3).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(rows, full[[6, 1]], atol=ROUNDING)
-    assert hessian_products(*small, crystal, vectors[:0]).shape == (0, len(crystal), 3)
+    assert hessian_products(*small, crystal, vectors[:0], chunk=1).shape == (0, len(crystal), 3)
 
 
 def test_large_structures_are_evaluated_in_blocks(matrix, crystal, small, monkeypatch):
@@ -67,24 +90,22 @@ def test_large_structures_are_evaluated_in_blocks(matrix, crystal, small, monkey
     np.testing.assert_allclose(row, full[3], atol=ROUNDING)
 
 
-def test_a_molecule_turns_freely_where_there_is_no_force(small):
-    """At a stationary distance of a dimer, H has five zero modes and one of stretching."""
-    candidate = JaxCandidate("own", *small)
-    apart = np.linspace(1.0, 3.5, 400)
-    pulls = np.array(
-        [
-            o.forces[1, 0]
-            for o in candidate.evaluate([ase.Atoms("OH", [[0, 0, 0], [d, 0, 0]]) for d in apart])
-        ]
-    )
-    crossing = np.flatnonzero(np.sign(pulls[1:]) != np.sign(pulls[:-1]))
-    assert len(crossing)
-    low, high = apart[crossing[0]], apart[crossing[0] + 1]
-    still = low - pulls[crossing[0]] * (high - low) / np.diff(pulls)[crossing[0]]
-    matrix = hessian(*small, ase.Atoms("OH", [[0, 0, 0], [still, 0, 0]]))
-    sizes = np.sort(abs(np.linalg.eigvalsh(matrix)))
-    assert sizes[-1] > 0.1
-    assert sizes[-2] < 1e-3 * sizes[-1]
+def test_a_molecule_turns_and_stretches_as_one_curve_says(small):
+    """Of a pair E(d): across it a spring E'(d) / d, along it E''(d); and so no others."""
+    step = 1e-3
+
+    def springs(distance):
+        matrix = hessian(*small, ase.Atoms("OH", [[0, 0, 0], [distance, 0, 0]]))
+        along, across = -matrix[0, 3], -matrix[1, 4]
+        expected = np.diag([along, across, across])
+        blocks = np.block([[expected, -expected], [-expected, expected]])
+        np.testing.assert_allclose(matrix, blocks, atol=ROUNDING)
+        return along, across
+
+    slopes = [d * springs(d)[1] for d in (1.2 - step, 1.2 + step)]
+    along, _ = springs(1.2)
+    assert abs(along) > 0.1
+    assert (slopes[1] - slopes[0]) / (2 * step) == pytest.approx(along, rel=1e-4)
 
 
 def test_what_cannot_be_is_refused(small, crystal):

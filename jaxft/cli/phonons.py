@@ -44,8 +44,16 @@ def evaluate_phonons(
     relax: Annotated[
         float | None, typer.Option(help="Relax cell and atoms first, to this force, eV/Å.")
     ] = None,
-    slack: Annotated[bool, typer.Option("--slack", help="Thermal conductivity.")] = False,
+    slack: Annotated[
+        bool, typer.Option("--slack", help="Thermal conductivity, estimated.")
+    ] = False,
     expansion: Annotated[bool, typer.Option("--expansion", help="Thermal expansion.")] = False,
+    kappa: Annotated[
+        bool, typer.Option("--kappa", help="Thermal conductivity of third order, by phono3py.")
+    ] = False,
+    kappa_length: Annotated[float, typer.Option(help="Of its supercells, Å.")] = 8.0,
+    kappa_distance: Annotated[float, typer.Option(help="Of its displacements, Å.")] = 0.03,
+    kappa_mesh: Annotated[float, typer.Option(help="Of its q points, Å.")] = 30.0,
     tolerance: Annotated[float, typer.Option(help="THz; stable is above minus this.")] = 0.05,
     dtype: Annotated[Dtype, typer.Option(help="Small differences of forces.")] = Dtype.float64,
     head: Head = None,
@@ -57,6 +65,7 @@ def evaluate_phonons(
     """Frequencies, imaginary modes, C_V, S, F, thermal expansion and conductivity of crystals."""
     from jaxft.display import Display
     from jaxft.evaluate.crystals import phonopy_api, read_crystal
+    from jaxft.evaluate.kappa import phono3py_api
     from jaxft.evaluate.phonon_tasks import Options
     from jaxft.evaluate.phonons import phonons, tables
 
@@ -72,7 +81,13 @@ def evaluate_phonons(
         slack=slack,
         expansion=expansion,
         tolerance=tolerance,
+        kappa=kappa,
+        kappa_length=kappa_length,
+        kappa_distance=kappa_distance,
+        kappa_mesh=kappa_mesh,
     )
+    if kappa:
+        phono3py_api()
     crystals = [read_crystal(path, _repetitions(supercell)) for path in crystal]
     judged = candidates(models, dtype, head, batch_size)
     with Display(console).counter(label="phonons") as advance:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ase
-import ase.io
 import numpy as np
 from ase.units import Bohr, Hartree
+
+from jaxft.data.frames import read_atoms
+from jaxft.evaluate.phonopyfiles import born_charges, force_sets, phonopy_yaml
 
 YAMLS = ("phonopy_params.yaml", "phonopy_disp.yaml", "phonopy.yaml")
 """What a folder is looked through for, in this order; also as ``.xz`` and ``.gz``."""
@@ -124,8 +126,10 @@ def read_crystal(
         phonopy_api()
         unit, _ = read_crystal_structure(str(cells[0]), interface_mode="vasp")
         return _with_reference(name, folder, unit, np.diag(supercell), None, None, None, None)
-    (atoms,) = ase.io.read(path, "-1:")
-    return crystal_of(atoms, name, supercell)
+    images = read_atoms(path)
+    if len(images) > 1:
+        raise ValueError(f"{path} holds {len(images)} structures; give a file of one crystal.")
+    return crystal_of(images[0], name, supercell)
 
 
 def _yaml(folder: Path) -> Path | None:
@@ -136,13 +140,7 @@ def _yaml(folder: Path) -> Path | None:
 def _said(path: Path, supercell: Sequence[int] | None) -> tuple[Any, ...]:
     """Unit cell, supercell and primitive matrices, dataset, force constants, NAC of a file."""
     phonopy_api()
-    from phonopy.exception import NotPhonopyYamlError
-    from phonopy.interface.phonopy_yaml import PhonopyYaml
-
-    try:
-        data = PhonopyYaml().read(str(path))
-    except (NotPhonopyYamlError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of phonopy: {error}.") from error
+    data = phonopy_yaml(path)
     matrix = data.supercell_matrix if supercell is None else np.diag(supercell)
     if data.unitcell is None or matrix is None:
         raise ValueError(
@@ -168,13 +166,11 @@ def _with_reference(
     constants: Any,
     nac: Any,
 ) -> Crystal:
-    from phonopy.file_IO import parse_FORCE_SETS
-
     phonons = new_phonons(unit, matrix, primitive)
     if nac is None and (folder / "BORN").exists():
-        nac = _born(phonons.primitive, folder / "BORN")
+        nac = born_charges(folder / "BORN", phonons)
     if not has_forces(dataset) and (folder / "FORCE_SETS").exists():
-        dataset = parse_FORCE_SETS(str(folder / "FORCE_SETS"), natom=len(phonons.supercell))
+        dataset = force_sets(folder / "FORCE_SETS", phonons, dataset)
     missing = None
     if has_forces(dataset):
         phonons.dataset = dataset
@@ -186,7 +182,15 @@ def _with_reference(
         missing = f"no reference: {folder} holds neither FORCE_SETS nor force constants"
     if nac is not None:
         nac = {"factor": Hartree * Bohr} | nac  # e²/4πε₀ in eV Å, where the file leaves it out
-        phonons.nac_params = nac
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*is largely broken")
+            try:
+                phonons.nac_params = nac
+            except UserWarning as error:
+                raise ValueError(
+                    f"the Born charges in {folder} have not the symmetry of {name}; are they of "
+                    "this crystal?"
+                ) from error
     return Crystal(
         name,
         to_ase(phonons.unitcell),
@@ -196,20 +200,6 @@ def _with_reference(
         nac,
         missing,
     )
-
-
-def _born(primitive: Any, path: Path) -> Any:
-    """Of the atoms that symmetry leaves, as the format has it, or else of all atoms."""
-    from phonopy.exception import BORNFileParseError
-    from phonopy.file_IO import parse_BORN
-
-    try:
-        return parse_BORN(primitive, filename=str(path))
-    except BORNFileParseError:
-        try:
-            return parse_BORN(primitive, filename=str(path), is_symmetry=False)
-        except BORNFileParseError as error:
-            raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
 def has_forces(dataset: Any) -> bool:

@@ -14,8 +14,20 @@ from jaxft.evaluate.lattices import Lattice, by_displacements, by_hessian, like,
 from jaxft.evaluate.zones import Zone, zone_of
 
 METHODS = ("displacements", "hessian")
+POSITIVE = (
+    "min_length",
+    "distance",
+    "mesh",
+    "tolerance",
+    "kappa_length",
+    "kappa_distance",
+    "kappa_mesh",
+)
 GRUNEISEN_STEP = 0.01
 """Relative change of the volume, up and down."""
+
+NO_FORCE = 1e-10
+"""eV/Å², of rounding."""
 
 QHA_VOLUMES = (0.97, 0.985, 1.0, 1.015, 1.03, 1.045, 1.06)
 """Relative to that of the crystal."""
@@ -35,6 +47,10 @@ class Options:
       slack: Slack's thermal conductivity, from Grüneisen parameters at two more volumes.
       expansion: thermal expansion, from seven volumes.
       tolerance: a crystal is stable if its lowest frequency is above minus this, THz.
+      kappa: thermal conductivity from third-order force constants, see :mod:`jaxft.evaluate.kappa`.
+      kappa_length: of supercells for the third order, between their faces, Å.
+      kappa_distance: of displacements for the third order, Å.
+      kappa_mesh: as ``mesh``, of the q points that scatter.
     """
 
     method: str = "displacements"
@@ -46,11 +62,15 @@ class Options:
     slack: bool = False
     expansion: bool = False
     tolerance: float = 0.05
+    kappa: bool = False
+    kappa_length: float = 8.0
+    kappa_distance: float = 0.03
+    kappa_mesh: float = 30.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; use one of {', '.join(METHODS)}.")
-        for name in ("min_length", "distance", "mesh", "tolerance"):
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible; use one above 0.")
         if self.fmax is not None and not self.fmax > 0:
@@ -158,7 +178,7 @@ class _Plan:
 def _plan(candidate: Candidate, ground: Ground | Flag, options: Options) -> _Plan | Flag:
     if isinstance(ground, Flag):
         return ground
-    cell, flags = ground.crystal.cell, []
+    cell, flags = ground.crystal.cell, _folded(candidate, ground)
     if options.fmax is not None:
         outcome = relaxed(candidate, cell, options.fmax)
         if isinstance(outcome, Flag):
@@ -185,12 +205,28 @@ def _plan(candidate: Candidate, ground: Ground | Flag, options: Options) -> _Pla
     return _Plan(ground, tasks, tuple(flags))
 
 
+def _folded(candidate: Candidate, ground: Ground) -> list[str]:
+    """Whether atoms feel their own images in the supercell, where the model's cutoff is known."""
+    if not isinstance(candidate, JaxCandidate):
+        return []
+    inverse = np.linalg.inv(np.asarray(ground.phonons.supercell.cell))
+    thickness, cutoff = float(1 / np.linalg.norm(inverse, axis=0).max()), candidate.model.r_max
+    if thickness >= cutoff:
+        return []
+    return [
+        f"the supercell is {thickness:.1f} Å thick, the cutoff {cutoff:g} Å: frequencies are the "
+        "model's at wave vectors that fit into it alone"
+    ]
+
+
 def _solved(plan: _Plan, answers: list[Lattice | Flag], options: Options) -> Solved | Flag:
     lattices: dict[float, Lattice] = {}
     for volume, answer in zip(options.volumes, answers, strict=False):
         if isinstance(answer, Flag):
             where = "" if volume == 1.0 else f"at {volume:g} of the volume: "
             return Flag(where + answer.reason)
+        if not abs(answer.phonons.force_constants).max() > NO_FORCE:
+            return Flag("no phonons: force constants are zero, as in a supercell of one atom")
         lattices[volume] = answer
     at_reference = answers[-1] if len(answers) > len(options.volumes) else lattices[1.0]
     flags, error = plan.flags, None

@@ -7,13 +7,14 @@ forces are the models', batched. Definitions and units: ``docs/evaluate/phonons.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate, ProgressFn, check_names
 from jaxft.evaluate.crystals import Crystal, phonopy_api
 from jaxft.evaluate.finding import Finding, Picture, Row, Value
+from jaxft.evaluate.kappa import Conductivity, conductivities, kappa_values, phono3py_api
 from jaxft.evaluate.phonon_tasks import Ground, Options, Solved, ground_of, solve_all
 from jaxft.evaluate.thermal import CUTOFF, debye_temperature, expansion, gruneisen, slack
 from jaxft.evaluate.zones import (
@@ -36,6 +37,7 @@ GROUPS = {
     "harmonic": "heat_capacity entropy free_energy",
     "harmonic, against the reference": "heat_capacity_error entropy_error free_energy_error",
     "anharmonic": "slack_kappa expansion volume bulk_modulus",
+    "thermal conductivity": "kappa kappa_lowest kappa_highest kappa_srd kappa_srme",
 }
 """Columns that are shown together."""
 
@@ -70,13 +72,20 @@ def phonons(
     Raises:
       ValueError: names collide, no crystal, an unknown reference, or exact Hessians of a
         calculator.
-      ModuleNotFoundError: phonopy, seekpath or spglib is not installed.
+      ModuleNotFoundError: phonopy, seekpath or spglib is not installed; phono3py, for kappa.
     """
     phonopy_api()
     options = options or Options()
+    if options.kappa:
+        phono3py_api()
     _check(candidates, crystals, options, reference)
     grounds = {crystal.name: ground_of(crystal, options) for crystal in crystals}
     solved = {one.name: solve_all(one, grounds, options, progress) for one in candidates}
+    heat = {
+        one.name: conductivities(one, solved[one.name], options, progress)
+        for one in candidates
+        if options.kappa
+    }
     rows: list[Row] = []
     drawn: list[Picture] = []
     for name, ground in grounds.items():
@@ -94,7 +103,11 @@ def phonons(
                 rows.append(Row(model, name, flag=one.reason))
             else:
                 against = None if model == reference else standard
-                rows += _rows(model, name, views[model], against, options, one)
+                own_rows = _rows(model, name, views[model], against, options, one)
+                if options.kappa:
+                    theirs = None if reference in (None, model) else heat[reference][name]
+                    own_rows = _with_kappa(own_rows, heat[model][name], theirs)
+                rows += own_rows
         if isinstance(ground, Ground):
             own = standard if isinstance(standard, View) and reference is None else None
             drawn += pictures(name, views, own, ground.zone)
@@ -102,7 +115,7 @@ def phonons(
         judged = [one.name for one in candidates if one.name != reference]
         rows += [_summary(name, rows, reference or REFERENCE) for name in judged]
     settings = asdict(options) | {"reference": reference, "thermal_cutoff_THz": CUTOFF}
-    return Finding("phonons", tuple(rows), UNITS, settings, tuple(drawn), _notes(rows))
+    return Finding("phonons", tuple(rows), UNITS, settings, tuple(drawn), _notes(rows, crystals))
 
 
 def _check(
@@ -174,6 +187,20 @@ def _rows(
     return [Row(model, name, values, flag)] + [
         Row(model, f"{name} at {t:g} K", found)
         for t, found in zip(options.temperatures, thermals, strict=True)
+    ]
+
+
+def _with_kappa(
+    rows: Sequence[Row], ours: Conductivity | Flag, theirs: Conductivity | Flag | None
+) -> list[Row]:
+    """Rows of one model and crystal with their thermal conductivity, or why there is none."""
+    first, *thermals = rows
+    if isinstance(ours, Flag):
+        flag = ours.reason if first.flag is None else f"{first.flag}; {ours.reason}"
+        return [replace(first, flag=flag), *thermals]
+    return [first] + [
+        replace(row, values={**row.values, **kappa_values(ours, i, theirs)})
+        for i, row in enumerate(thermals)
     ]
 
 
@@ -255,8 +282,14 @@ def tables(finding: Finding) -> list[Finding]:
     return found
 
 
-def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
+def _notes(rows: Sequence[Row], crystals: Sequence[Crystal]) -> tuple[str, ...]:
     notes = ["thermal quantities are per mole of primitive cells; negative ω are imaginary"]
+    bare = [c.name for c in crystals if c.nac is None and len(set(c.cell.symbols)) > 1]
+    if bare:
+        notes.append(
+            f"no Born charges are known of {', '.join(bare)}: no non-analytic correction there, so "
+            "optical modes do not split at Γ"
+        )
     soft = sorted({row.subject for row in rows if row.values.get("stable") is False})
     if soft:
         notes.append(
