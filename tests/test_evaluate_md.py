@@ -19,6 +19,7 @@ import jaxft
 from jaxft.calculator import JaxftCalculator
 from jaxft.cli import app
 from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
+from jaxft.evaluate.layout import fitted
 from jaxft.evaluate.md import GROUPS, UNITS, tables
 from jaxft.evaluate.md import md as evaluate_md
 from jaxft.evaluate.mdruns import Plan
@@ -141,8 +142,8 @@ def test_temperatures_and_replicas_become_rows_and_means():
     assert shown == {c for row in found.rows for c, v in row.values.items() if v is not None}
     assert set(" ".join(GROUPS.values()).split()) == set(UNITS)
     console = Console(width=80, file=io.StringIO())
-    for part in parts:
-        console.print(part.render())
+    for part in (shown for each in parts for shown in fitted(each, console)):
+        console.print(part)
     text = console.file.getvalue()
     assert "…" not in text
 

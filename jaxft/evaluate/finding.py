@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 MISSING = "–"
 
@@ -123,17 +122,11 @@ class Finding:
         }
 
     def render(self) -> Table:
-        """For a terminal; rich prints it. Columns without any value are left out, and flags are
-        lines below, since they are sentences."""
+        """For a terminal; rich prints it. Columns without any value are left out, and flags, which
+        are sentences: see :func:`jaxft.evaluate.layout.fitted`."""
         shown = [c for c in self.units if any(row.values.get(c) is not None for row in self.rows)]
-        flags = Text("\n".join(f"{r.model}, {r.subject}: {r.flag}" for r in self.flags))
         table = Table(
-            title=self.check,
-            title_justify="left",
-            caption=flags if self.flags else None,
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            title=self.check, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         table.add_column("model", overflow="fold")
         table.add_column("subject", overflow="fold")

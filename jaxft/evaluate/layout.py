@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rich.console import Console, RenderableType
@@ -10,20 +10,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jaxft.evaluate.finding import Finding
+from jaxft.evaluate.finding import Finding, Row
 
 UNBOUNDED = 10_000
 """Characters; wide enough for any table."""
 
 
 def fitted(finding: Finding, console: Console) -> list[RenderableType]:
-    """One table if it fits; else as few of as many columns each as do, and the flags as a list.
+    """One table if it fits, else as few of as many columns each as do; then the flags as a list.
 
     A table of some columns leaves out the rows that have nothing in them.
     """
     whole = finding.render()
     if _fits(whole, console):
-        return [whole]
+        return [whole, *flag_lines(finding)]
     shown = [c for c in finding.units if any(r.values.get(c) is not None for r in finding.rows)]
     tables: list[Table] = []
     for count in range(1, len(shown) + 1):
@@ -36,6 +36,23 @@ def fitted(finding: Finding, console: Console) -> list[RenderableType]:
         table.title = None
     heading = [] if tables else [Text(finding.check)]
     return [*heading, *tables, *flag_lines(finding)]
+
+
+def grouped(finding: Finding, groups: Mapping[str, str]) -> list[Finding]:
+    """One finding per group of columns, ``{title: names}``, with the rows that have something in
+    it; the first has the flags."""
+    found: list[Finding] = []
+    for title, names in groups.items():
+        columns = names.split()
+        rows = [
+            Row(row.model, row.subject, values, None if found else row.flag)
+            for row in finding.rows
+            if (values := {c: row.values[c] for c in columns if row.values.get(c) is not None})
+            or (row.flag and not found)
+        ]
+        if rows:
+            found.append(Finding(title, tuple(rows), {c: finding.units[c] for c in columns}))
+    return found
 
 
 def flag_lines(finding: Finding) -> list[RenderableType]:

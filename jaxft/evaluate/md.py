@@ -12,6 +12,7 @@ import numpy as np
 from jaxft.bundle import refuse_existing
 from jaxft.evaluate.candidate import Candidate, check_names
 from jaxft.evaluate.finding import Finding, Row, Value
+from jaxft.evaluate.layout import grouped
 from jaxft.evaluate.mdlooks import Look, look_at, pictures_of
 from jaxft.evaluate.mdruns import Job, Outcome, Plan, jobs_of, outcomes_of
 from jaxft.md.diffusion import arrhenius
@@ -112,19 +113,8 @@ def md(
 
 
 def tables(finding: Finding) -> list[Finding]:
-    """The columns in groups that fit a terminal, each with the rows that have something in it."""
-    found: list[Finding] = []
-    for title, names in GROUPS.items():
-        columns = names.split()
-        rows = [
-            Row(row.model, row.subject, values, None if found else row.flag)
-            for row in finding.rows
-            if (values := {c: row.values[c] for c in columns if row.values.get(c) is not None})
-            or (row.flag and not found)
-        ]
-        if rows:
-            found.append(Finding(title, tuple(rows), {c: finding.units[c] for c in columns}))
-    return found
+    """For a terminal: the columns in groups."""
+    return grouped(finding, GROUPS)
 
 
 def _check(

@@ -15,6 +15,7 @@ from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate, ProgressFn, 
 from jaxft.evaluate.crystals import Crystal, phonopy_api
 from jaxft.evaluate.finding import Finding, Picture, Row, Value
 from jaxft.evaluate.kappa import Conductivity, conductivities, kappa_values, phono3py_api
+from jaxft.evaluate.layout import grouped
 from jaxft.evaluate.phonon_tasks import Ground, Options, Solved, ground_of, solve_all
 from jaxft.evaluate.thermal import CUTOFF, debye_temperature, expansion, gruneisen, slack
 from jaxft.evaluate.zones import (
@@ -267,19 +268,8 @@ def _summary(model: str, rows: Sequence[Row], reference: str) -> Row:
 
 
 def tables(finding: Finding) -> list[Finding]:
-    """The columns in groups that fit a page, each with the rows that have something in it."""
-    found: list[Finding] = []
-    for title, names in GROUPS.items():
-        columns = names.split()
-        rows = [
-            Row(row.model, row.subject, values, None if found else row.flag)
-            for row in finding.rows
-            if (values := {c: row.values[c] for c in columns if row.values.get(c) is not None})
-            or (row.flag and not found)
-        ]
-        if rows:
-            found.append(Finding(title, tuple(rows), {c: finding.units[c] for c in columns}))
-    return found
+    """For a terminal: the columns in groups."""
+    return grouped(finding, GROUPS)
 
 
 def _notes(rows: Sequence[Row], crystals: Sequence[Crystal]) -> tuple[str, ...]:
