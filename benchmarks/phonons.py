@@ -20,7 +20,8 @@ Frequencies in THz and C_V in J/mol/K come from ``jaxft evaluate phonons``; forc
 are those on the frames of the set that were not trained on, and for NaCl those in the displaced
 cells of FORCE_SETS.
 
-``speed``: finite displacements of a 64-atom NaCl cell without symmetry, 48 cells: all of them in
+``speed``: finite displacements of a 64-atom NaCl cell without symmetry, 48 cells of the model in
+``--model``, float64: all of them in
 batches, against ASE's loop with jaxft's calculator, and with mace-torch's on the same weights.
 ``ratio`` is torch / batched. One process, turns alternate, medians; compilation is not counted.
 
@@ -257,14 +258,15 @@ def speed(args: argparse.Namespace) -> None:
     from jaxft.calculator import JaxftCalculator
     from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
 
-    model, params = convert(FOUNDATION)
+    model, params = convert(args.model)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     unit = ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True) * (2, 2, 2)
     cells = []
     for i in range(args.cells):
         atoms = unit.copy()
         atoms.positions[i // 6 % len(atoms), i % 3] += 0.01 * (-1) ** (i // 3)
         cells.append(atoms)
-    theirs = torch_calculator(FOUNDATION, dtype="float64", head=None)
+    theirs = torch_calculator(args.model, dtype="float64", head=None)
     sides = {
         "batched": JaxCandidate("batched", model, params, batch_size=args.batch),
         "serial": AseCandidate("serial", JaxftCalculator(model, params)),
@@ -290,8 +292,11 @@ def speed(args: argparse.Namespace) -> None:
         "batch": args.batch,
         "rounds": args.rounds,
         "largest_force_difference_eV_per_Å": off,
+        "model": args.model.stem,
     }
-    finish("phonons", "speed 64 atoms", result | made(args, dtype="float64"), args)
+    finish(
+        "phonons", f"speed 64 atoms {args.model.stem}", result | made(args, dtype="float64"), args
+    )
 
 
 LIMITS = {"finite_exact_THz": 1e-3, "jaxft_torch_THz": 1e-4, "velocity_km/s": 1e-2}
