@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -89,6 +90,45 @@ def test_flags_stand_in_the_place_of_their_structures():
     assert "EMT" in found[2].reason or "Xe" in found[2].reason
     assert found[0].energy == found[3].energy
     assert steps[-1] == (4, 4)
+
+
+class Failing(Scaled):
+    """With a stress, forces or per-atom energies of its own."""
+
+    def __init__(self, error=None, forces=None):
+        super().__init__()
+        self.error, self.forces = error, forces
+
+    def get_stress(self, atoms=None):
+        raise self.error
+
+    def get_forces(self, atoms=None):
+        return super().get_forces(atoms) if self.forces is None else self.forces
+
+
+@pytest.mark.parametrize(
+    ("calculator", "reason"),
+    [
+        (Failing(RuntimeError("no stress\ntoday")), "RuntimeError: no stress"),
+        (Failing(RuntimeError()), "RuntimeError"),
+        (Failing(forces=np.zeros((2, 3))), "forces of shape (2, 3) for 4 atoms"),
+    ],
+)
+def test_whatever_a_calculator_raises_or_returns_is_its_structures_flag(calculator, reason):
+    (found,) = AseCandidate("a", calculator).evaluate([ase.build.bulk("Cu", cubic=True)])
+    assert found == Flag(reason)
+
+
+def test_a_calculator_without_stress_and_fixed_atoms_gives_all_its_forces():
+    free = ase.build.bulk("Cu", cubic=True)
+    free.rattle(0.1, seed=0)
+    fixed = free.copy()
+    fixed.set_constraint(FixAtoms([0, 1]))
+    model = AseCandidate("a", Failing(NotImplementedError("no stress")))
+    one, other = model.evaluate([free, fixed])
+    assert one.stress is None
+    np.testing.assert_array_equal(one.forces, other.forces)
+    assert abs(other.forces[0]).max() > 0.01
 
 
 def test_a_potential_of_ours_flags_what_it_cannot_compute_and_goes_on(small):
