@@ -114,6 +114,15 @@ def test_the_fit_finds_the_equation_that_made_the_points():
     assert found.rms < 1e-12
 
 
+@pytest.mark.parametrize("b1", [3.0, 4.0, 4 + 1e-9])
+def test_the_fit_is_exact_where_the_cubic_term_vanishes(b1):
+    true = Equation(v0=12.3, e0=0.0, b0=0.81, b1=b1, rms=0.0)
+    volumes = 11.76 * np.linspace(0.94, 1.06, 11)
+    found = fit(volumes, true.energy(volumes))
+    assert found.v0 == pytest.approx(12.3, rel=1e-9)
+    assert found.b0 == pytest.approx(0.81, rel=1e-9)
+
+
 def test_the_fit_is_that_of_ase():
     volumes = np.linspace(10.5, 12.9, 9)
     energies = [
