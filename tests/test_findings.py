@@ -24,7 +24,7 @@ from jaxft.cli import app
 from jaxft.data import from_atoms
 from jaxft.evaluate import accuracy, forget, softening
 from jaxft.evaluate.candidate import NOT_FINITE, AseCandidate, Flag, JaxCandidate, check_names
-from jaxft.evaluate.drawing import picture_svg
+from jaxft.evaluate.drawing import _in_scale, picture_svg
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, from_dict, shown_value
 from jaxft.evaluate.layout import fitted
 from jaxft.report.findings import findings_page
@@ -227,6 +227,18 @@ def test_the_page_escapes_names_and_its_ids_are_unique(finding):
     used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
     assert {a or b for a, b in used} <= set(ids)
     assert "<script" not in page
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_a_model_that_exploded_does_not_hide_the_others(diagonal):
+    sound, boom = Line("sound", [-1.0, 2.0], [-1.1, 2.1]), Line("boom", [-1.0, 2.0], [0.5, 1e130])
+    drawn = _in_scale(Picture("p", "x", "y", (sound, boom), diagonal=diagonal))
+    assert drawn.lines[0].label == "sound"
+    assert np.isfinite(drawn.lines[0].y).all()
+    assert "beyond" in drawn.lines[1].label
+    np.testing.assert_array_equal(drawn.lines[1].y, [0.5, np.nan])
+    alone = Picture("p", "x", "y", (replace(boom, x=[1.0], y=[1e130]),))
+    assert _in_scale(alone) is alone
 
 
 def test_a_picture_without_points_is_none():
