@@ -451,6 +451,9 @@ def test_pairs_are_all_pairs_and_have_a_mean():
     found = diatomics.check([EMT_ONE], ["Cu", "Al"])
     assert [row.subject for row in found.rows] == ["Cu–Cu", "Cu–Al", "Al–Al", diatomics.ALL]
     assert found.rows[3].values["minima"] == 1
+    rows = diatomics.check([EMT_ONE], ["Cu", "Xe"]).rows  # which EMT does not know
+    assert [row.values.get("pairs") for row in rows] == [None, None, None, 1]
+    assert rows[3].flag == "2 of 3 pairs left out"
     with pytest.raises(ValueError, match="Xy is no element"):
         diatomics.check([EMT_ONE], ["Xy"])
 

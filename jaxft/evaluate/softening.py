@@ -166,7 +166,7 @@ def _judge(
         if isinstance(value := row.values.get("slope"), float):
             slopes.append(value)
     spread = float(np.std(slopes, ddof=1)) if len(slopes) > 1 else None
-    mean: dict[str, Value] = {"frames": len(every)}
+    mean: dict[str, Value] = {"frames": len(sound_pairs(every, outcomes[: len(every)]))}
     if slopes:
         mean |= {"slope": float(np.mean(slopes)), "slope_spread": spread}
     rows.append(Row(candidate.name, ALL, mean, left_out(every, outcomes[: len(every)])))
