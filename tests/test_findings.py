@@ -25,7 +25,7 @@ from jaxft.data import from_atoms
 from jaxft.evaluate import accuracy, forget, softening
 from jaxft.evaluate.candidate import NOT_FINITE, AseCandidate, Flag, JaxCandidate, check_names
 from jaxft.evaluate.drawing import _in_scale, picture_svg
-from jaxft.evaluate.finding import Finding, Line, Picture, Row, from_dict, shown_value
+from jaxft.evaluate.finding import Finding, Line, Picture, Row, from_dict, scatter, shown_value
 from jaxft.evaluate.layout import fitted
 from jaxft.report.findings import findings_page
 
@@ -227,6 +227,16 @@ def test_the_page_escapes_names_and_its_ids_are_unique(finding):
     used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
     assert {a or b for a, b in used} <= set(ids)
     assert "<script" not in page
+
+
+@pytest.mark.parametrize("times", [3, 9])
+def test_of_many_forces_all_components_are_drawn(times):
+    number = np.arange(2000 * times)
+    drawn = scatter("a", number, -number)
+    assert len(drawn.x) == len(set(drawn.x)) == 2000
+    assert set(np.unique(drawn.x % 3)) == {0, 1, 2}
+    np.testing.assert_array_equal(drawn.y, -np.asarray(drawn.x))
+    assert len(scatter("a", number[:5], number[:5]).x) == 5
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
