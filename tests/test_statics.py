@@ -534,6 +534,12 @@ def squared(atoms, results):
     results["energy"] += 1e-3 * len(atoms) ** 2
 
 
+def no_derivatives(atoms, results):
+    results["forces"] = 1.02 * results["forces"]
+    if "stress" in results:
+        results["stress"] = 1.02 * results["stress"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -541,6 +547,7 @@ def squared(atoms, results):
         (first_atom, ["permutation_energy", "force_difference"]),
         (pressure, ["stress_difference"]),
         (squared, ["extensivity", "supercell"]),
+        (no_derivatives, ["force_difference", "stress_difference"]),
     ],
 )
 def test_each_kind_of_wrong_is_named(spoil, named, rattled_cells):
