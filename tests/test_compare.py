@@ -257,6 +257,7 @@ def test_the_best_is_nearest_to_the_ideal_and_nobody_where_all_are_alike():
 
     assert best(0.0, a=1.0, b=2.0, c=None) == {"a"}
     assert best(1.0, a=0.9, b=1.3, c=0.9) == {"a", "c"}
+    assert best(0.0, a=326.0, b=239.0, exploded=5e130) == {"b"}
     assert best(np.inf, a=1.0, b=2.0) == {"b"}
     assert best(None, a=1.0, b=2.0) == best(0.0, a=1e-16, b=2e-16) == best(0.0, a=None) == set()
 

@@ -75,7 +75,8 @@ class Entry(NamedTuple):
         least, most = min(far.values(), default=0.0), max(far.values(), default=0.0)
         if most - least <= ALIKE * abs(most) or most - least < ROUNDING:
             return set()
-        return {model for model, d in far.items() if d - least <= ALIKE * abs(most)}
+        # not of the worst, which may have exploded
+        return {model for model, d in far.items() if d - least <= max(ALIKE * abs(d), ROUNDING)}
 
 
 @dataclass(frozen=True)
