@@ -257,8 +257,27 @@ def test_the_best_is_nearest_to_the_ideal_and_nobody_where_all_are_alike():
 
     assert best(0.0, a=1.0, b=2.0, c=None) == {"a"}
     assert best(1.0, a=0.9, b=1.3, c=0.9) == {"a", "c"}
+    assert best(0.0, a=326.0, b=239.0, exploded=5e130) == {"b"}
     assert best(np.inf, a=1.0, b=2.0) == {"b"}
     assert best(None, a=1.0, b=2.0) == best(0.0, a=1e-16, b=2e-16) == best(0.0, a=None) == set()
+
+
+def test_a_model_that_failed_on_the_hard_structure_is_not_the_best():
+    rows = [Row("a", "easy", {"delta": 1.0}), Row("a", "hard", {"delta": 9.0})]
+    rows += [Row("b", "easy", {"delta": 2.0}), Row("b", "hard", {}, "no minimum")]
+    rows += [Row("c", "easy", {"delta": 3.0}), Row("c", "hard", {"delta": 9.0})]
+    found = Comparison((Finding("eos", tuple(rows), {"delta": "meV/atom"}),))
+    (entry,) = found.entries
+    assert entry.values == {"a": 5.0, "b": 2.0, "c": 6.0}
+    assert (entry.partial, entry.best) == ({"b"}, {"a"})
+    assert any("eos, delta: that of b is of fewer" in note for note in found.summary.notes)
+
+
+def test_frames_and_pairs_that_a_mean_leaves_out_count():
+    headline = Headline("v", "total")
+    rows = [Row("a", "total", {"v": 1.0, "frames": 4}), Row("b", "total", {"v": 1.0, "pairs": 3})]
+    found = Finding("c", tuple(rows), {"v": "", "frames": "", "pairs": ""})
+    assert [headline.subjects(found, model) for model in "abc"] == [4, 3, 0]
 
 
 def test_the_front_is_of_distances_where_the_ideal_is_not_zero():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,8 +24,8 @@ from jaxft.cli import app
 from jaxft.data import from_atoms
 from jaxft.evaluate import accuracy, forget, softening
 from jaxft.evaluate.candidate import NOT_FINITE, AseCandidate, Flag, JaxCandidate, check_names
-from jaxft.evaluate.drawing import picture_svg
-from jaxft.evaluate.finding import Finding, Line, Picture, Row, from_dict, shown_value
+from jaxft.evaluate.drawing import _in_scale, picture_svg
+from jaxft.evaluate.finding import Finding, Line, Picture, Row, from_dict, scatter, shown_value
 from jaxft.evaluate.layout import fitted
 from jaxft.report.findings import findings_page
 
@@ -89,6 +90,45 @@ def test_flags_stand_in_the_place_of_their_structures():
     assert "EMT" in found[2].reason or "Xe" in found[2].reason
     assert found[0].energy == found[3].energy
     assert steps[-1] == (4, 4)
+
+
+class Failing(Scaled):
+    """With a stress, forces or per-atom energies of its own."""
+
+    def __init__(self, error=None, forces=None):
+        super().__init__()
+        self.error, self.forces = error, forces
+
+    def get_stress(self, atoms=None):
+        raise self.error
+
+    def get_forces(self, atoms=None):
+        return super().get_forces(atoms) if self.forces is None else self.forces
+
+
+@pytest.mark.parametrize(
+    ("calculator", "reason"),
+    [
+        (Failing(RuntimeError("no stress\ntoday")), "RuntimeError: no stress"),
+        (Failing(RuntimeError()), "RuntimeError"),
+        (Failing(forces=np.zeros((2, 3))), "forces of shape (2, 3) for 4 atoms"),
+    ],
+)
+def test_whatever_a_calculator_raises_or_returns_is_its_structures_flag(calculator, reason):
+    (found,) = AseCandidate("a", calculator).evaluate([ase.build.bulk("Cu", cubic=True)])
+    assert found == Flag(reason)
+
+
+def test_a_calculator_without_stress_and_fixed_atoms_gives_all_its_forces():
+    free = ase.build.bulk("Cu", cubic=True)
+    free.rattle(0.1, seed=0)
+    fixed = free.copy()
+    fixed.set_constraint(FixAtoms([0, 1]))
+    model = AseCandidate("a", Failing(NotImplementedError("no stress")))
+    one, other = model.evaluate([free, fixed])
+    assert one.stress is None
+    np.testing.assert_array_equal(one.forces, other.forces)
+    assert abs(other.forces[0]).max() > 0.01
 
 
 def test_a_potential_of_ours_flags_what_it_cannot_compute_and_goes_on(small):
@@ -187,6 +227,28 @@ def test_the_page_escapes_names_and_its_ids_are_unique(finding):
     used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
     assert {a or b for a, b in used} <= set(ids)
     assert "<script" not in page
+
+
+@pytest.mark.parametrize("times", [3, 9])
+def test_of_many_forces_all_components_are_drawn(times):
+    number = np.arange(2000 * times)
+    drawn = scatter("a", number, -number)
+    assert len(drawn.x) == len(set(drawn.x)) == 2000
+    assert set(np.unique(drawn.x % 3)) == {0, 1, 2}
+    np.testing.assert_array_equal(drawn.y, -np.asarray(drawn.x))
+    assert len(scatter("a", number[:5], number[:5]).x) == 5
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_a_model_that_exploded_does_not_hide_the_others(diagonal):
+    sound, boom = Line("sound", [-1.0, 2.0], [-1.1, 2.1]), Line("boom", [-1.0, 2.0], [0.5, 1e130])
+    drawn = _in_scale(Picture("p", "x", "y", (sound, boom), diagonal=diagonal))
+    assert drawn.lines[0].label == "sound"
+    assert np.isfinite(drawn.lines[0].y).all()
+    assert "beyond" in drawn.lines[1].label
+    np.testing.assert_array_equal(drawn.lines[1].y, [0.5, np.nan])
+    alone = Picture("p", "x", "y", (replace(boom, x=[1.0], y=[1e130]),))
+    assert _in_scale(alone) is alone
 
 
 def test_a_picture_without_points_is_none():

@@ -114,6 +114,15 @@ def test_the_fit_finds_the_equation_that_made_the_points():
     assert found.rms < 1e-12
 
 
+@pytest.mark.parametrize("b1", [3.0, 4.0, 4 + 1e-9])
+def test_the_fit_is_exact_where_the_cubic_term_vanishes(b1):
+    true = Equation(v0=12.3, e0=0.0, b0=0.81, b1=b1, rms=0.0)
+    volumes = 11.76 * np.linspace(0.94, 1.06, 11)
+    found = fit(volumes, true.energy(volumes))
+    assert found.v0 == pytest.approx(12.3, rel=1e-9)
+    assert found.b0 == pytest.approx(0.81, rel=1e-9)
+
+
 def test_the_fit_is_that_of_ase():
     volumes = np.linspace(10.5, 12.9, 9)
     energies = [
@@ -442,6 +451,9 @@ def test_pairs_are_all_pairs_and_have_a_mean():
     found = diatomics.check([EMT_ONE], ["Cu", "Al"])
     assert [row.subject for row in found.rows] == ["Cu–Cu", "Cu–Al", "Al–Al", diatomics.ALL]
     assert found.rows[3].values["minima"] == 1
+    rows = diatomics.check([EMT_ONE], ["Cu", "Xe"]).rows  # which EMT does not know
+    assert [row.values.get("pairs") for row in rows] == [None, None, None, 1]
+    assert rows[3].flag == "2 of 3 pairs left out"
     with pytest.raises(ValueError, match="Xy is no element"):
         diatomics.check([EMT_ONE], ["Xy"])
 
@@ -522,6 +534,12 @@ def squared(atoms, results):
     results["energy"] += 1e-3 * len(atoms) ** 2
 
 
+def no_derivatives(atoms, results):
+    results["forces"] = 1.02 * results["forces"]
+    if "stress" in results:
+        results["stress"] = 1.02 * results["stress"]
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -529,6 +547,7 @@ def squared(atoms, results):
         (first_atom, ["permutation_energy", "force_difference"]),
         (pressure, ["stress_difference"]),
         (squared, ["extensivity", "supercell"]),
+        (no_derivatives, ["force_difference", "stress_difference"]),
     ],
 )
 def test_each_kind_of_wrong_is_named(spoil, named, rattled_cells):

@@ -14,7 +14,7 @@ from ase.units import GPa
 from jaxft.data import Frame
 from jaxft.evaluate.candidate import Candidate, Flag, Outcome, check_names
 from jaxft.evaluate.errors import MILLI, TOTAL, GroupErrors, errors
-from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
+from jaxft.evaluate.finding import Finding, Picture, Row, Value, scatter
 from jaxft.evaluate.predictions import FrameResult
 
 UNITS = {
@@ -30,9 +30,6 @@ UNITS = {
     "stress_rmse": "meV/Å³",
     "stress_rmse_gpa": "GPa",
 }
-
-MOST_POINTS = 2000
-"""Of one model in a picture."""
 
 LABELS = ("energy", "forces", "stress")
 
@@ -203,8 +200,7 @@ def _pictures(frames: Sequence[Frame], judged: dict[str, list[Outcome]]) -> tupl
             if pairs:
                 x = np.concatenate([numbers(f, len(f)) for f, _ in pairs])
                 y = np.concatenate([numbers(r, len(f)) for f, r in pairs])
-                every = -(-len(x) // MOST_POINTS)
-                lines.append(Line(name, x[::every], y[::every], is_scatter=True))
+                lines.append(scatter(name, x, y))
         if lines:
             across, up = f"reference, {unit}", f"model, {unit}"
             found.append(Picture(quantity, across, up, tuple(lines), diagonal=True))

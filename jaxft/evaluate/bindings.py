@@ -34,6 +34,10 @@ NO_OPTIONS = {"progress", "trajectories", "stride"}
 """Arguments that a config has no say in: a comparison writes its own folder and nothing else."""
 
 
+COUNTS = ("frames", "pairs")
+"""Columns that say how many things a row is of."""
+
+
 @dataclass(frozen=True)
 class Headline:
     """A number that stands for a check in a summary.
@@ -55,13 +59,24 @@ class Headline:
 
     def of(self, finding: Finding, model: str) -> float | None:
         """The number of one model, None where it has none."""
-        rows = finding.of(model)
-        rows = tuple(filter(self._is_chosen, rows)) or rows
-        found = [row.values.get(self.column) for row in rows]
+        found = [row.values[self.column] for row in self._rows(finding, model)]
         values = [float(v) for v in found if isinstance(v, int | float)]
         if not values:
             return None
         return sum(map(abs, values) if self.absolute else values) / len(values)
+
+    def subjects(self, finding: Finding, model: str) -> int:
+        """How many things the number is of: rows, or what rows say that they are means of."""
+        told = [
+            [v for name in COUNTS if isinstance(v := row.values.get(name), int)]
+            for row in self._rows(finding, model)
+        ]
+        return sum(counts[0] if counts else 1 for counts in told)
+
+    def _rows(self, finding: Finding, model: str) -> tuple[Row, ...]:
+        rows = finding.of(model)
+        rows = tuple(filter(self._is_chosen, rows)) or rows
+        return tuple(row for row in rows if row.values.get(self.column) is not None)
 
     def distance(self, value: float) -> float:
         """From the ideal; less is better."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import ase
 import numpy as np
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+from ase.calculators.calculator import Calculator
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from jaxft.data import Frame, prepare, unlabelled
@@ -157,18 +157,25 @@ class AseCandidate:
 
     def _result(self, atoms: ase.Atoms) -> Outcome:
         atoms = atoms.copy()
+        atoms.set_constraint()  # fixed atoms of a file would change forces, and not those of ours
         atoms.calc = self.calculator
         try:
-            energy = float(atoms.get_potential_energy())
-            forces = np.array(atoms.get_forces(), np.float64)
+            return self._computed(atoms)
         except Exception as error:  # a stranger's code: its failure is what is to be reported
-            return Flag(f"{type(error).__name__}: {error}".splitlines()[0])
+            words = str(error).splitlines()
+            return Flag(": ".join([type(error).__name__, *words[:1]]))
+
+    def _computed(self, atoms: ase.Atoms) -> Outcome:
+        energy = float(atoms.get_potential_energy())
+        forces = np.array(atoms.get_forces(), np.float64)
+        if forces.shape != (len(atoms), 3):
+            return Flag(f"forces of shape {forces.shape} for {len(atoms)} atoms")
         energies = np.full(len(atoms), energy / max(len(atoms), 1))
-        with suppress(PropertyNotImplementedError, KeyError):
+        with suppress(NotImplementedError, KeyError):
             energies = np.array(atoms.get_potential_energies(), np.float64)
         stress = None
         if atoms.pbc.all():
-            with suppress(PropertyNotImplementedError, KeyError):
+            with suppress(NotImplementedError, KeyError):
                 stress = voigt_6_to_full_3x3_stress(atoms.get_stress())
         return _checked(FrameResult(energy, energies, forces, stress))
 

@@ -46,6 +46,9 @@ class Entry(NamedTuple):
     """By model."""
     against: str | None = None
     """The model that all are compared with, if it is one."""
+    partial: frozenset[str] = frozenset()
+    """Models whose number is of fewer frames or structures than another's: what they failed on is
+    not in it."""
 
     @property
     def name(self) -> str:
@@ -62,16 +65,18 @@ class Entry(NamedTuple):
 
     @property
     def best(self) -> set[str]:
-        """The models nearest to the ideal; nobody where all are equally near, or none is known."""
+        """The models nearest to the ideal, of those that are judged by everything; nobody where
+        all are equally near, or none is known."""
         far = {
             model: self.headline.distance(value)
             for model, value in self.values.items()
-            if value is not None and np.isfinite(value)
+            if value is not None and np.isfinite(value) and model not in self.partial
         }
         least, most = min(far.values(), default=0.0), max(far.values(), default=0.0)
         if most - least <= ALIKE * abs(most) or most - least < ROUNDING:
             return set()
-        return {model for model, d in far.items() if d - least <= ALIKE * abs(most)}
+        # not of the worst, which may have exploded
+        return {model for model, d in far.items() if d - least <= max(ALIKE * abs(d), ROUNDING)}
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Comparison:
                 f.units[h.column],
                 {name: h.of(f, name) for name in models},
                 f.settings.get(h.against) if h.against else None,
+                _partial({name: h.subjects(f, name) for name in models}),
             )
             for f in self.findings
             for h in HEADLINES.get(f.check, ())
@@ -116,7 +122,8 @@ class Comparison:
         ]
         pictures, notes = front(self.findings, self.models, self.axes)
         units = {entry.name: entry.unit for entry in entries}
-        return Finding(SUMMARY, tuple(rows), units, {}, pictures, (*notes, *self._silent()))
+        told = (*notes, *self._partial(entries), *self._silent())
+        return Finding(SUMMARY, tuple(rows), units, {}, pictures, told)
 
     def page(self, title: str) -> str:
         """A whole page that loads nothing and runs nothing.
@@ -169,6 +176,15 @@ class Comparison:
         told = [f"{check} ({count})" for check, count in counts.items() if count]
         return f"flagged rows: {', '.join(told)}" if told else None
 
+    def _partial(self, entries: Sequence[Entry]) -> tuple[str, ...]:
+        """Numbers that leave out what their models failed on."""
+        return tuple(
+            f"{e.check}, {e.headline.column}: that of {', '.join(sorted(e.partial))} is of fewer "
+            "frames or structures than the others', so it is not the best; see the flags."
+            for e in entries
+            if e.partial
+        )
+
     def _silent(self) -> tuple[str, ...]:
         """Checks that ran and have no number to show here."""
         known = {entry.check for entry in self.entries}
@@ -179,6 +195,11 @@ class Comparison:
             f"Without a number here: {', '.join(silent)}; see the flags there, or give what they "
             "are to be compared with (labels, references, against).",
         )
+
+
+def _partial(subjects: Mapping[str, int]) -> frozenset[str]:
+    most = max(subjects.values(), default=0)
+    return frozenset(name for name, count in subjects.items() if 0 < count < most)
 
 
 def compare(

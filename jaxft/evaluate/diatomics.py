@@ -39,6 +39,7 @@ HIGHEST = 8.0
 """eV, of a picture."""
 
 UNITS = {
+    "pairs": "",
     "force_flips": "",
     "minima": "",
     "inflections": "",
@@ -255,13 +256,14 @@ def _row(
 
 
 def _mean(model: str, rows: Sequence[Row]) -> Row:
-    numbers: dict[str, Value] = {}
+    lost = sum(not row.values for row in rows)
+    numbers: dict[str, Value] = {"pairs": len(rows) - lost}
     for column in UNITS:
         found = [v for row in rows if isinstance(v := row.values.get(column), int | float)]
         finite = [float(v) for v in found if np.isfinite(v)]
         if finite:
             numbers[column] = float(np.mean(finite))
-    return Row(model, ALL, numbers)
+    return Row(model, ALL, numbers, f"{lost} of {len(rows)} pairs left out" if lost else None)
 
 
 def _picture(pair: tuple[str, str], found: Mapping[str, Curves]) -> Picture:

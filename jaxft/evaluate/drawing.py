@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ COLOURS = ("#2a6fb0", "#d1873b", *OTHERS)
 REFERENCE = "0.55"
 WIDTH, HEIGHT = 5.2, 3.6
 """Inches."""
+EXPLODED, USUAL = 1e6, 1e3
+"""What is so many times larger than usual, on a diagonal than any reference, is not drawn."""
+BEYOND = " (partly beyond the picture)"
 FEW = 3
 """Points that are drawn large."""
 
@@ -42,6 +46,7 @@ def _finite(line: Line) -> bool:
 def _figure(picture: Picture) -> Any:
     figure = new_figure(WIDTH, HEIGHT)
     axes = figure.subplots()
+    picture = _in_scale(picture)
     names = list(dict.fromkeys(line.label for line in picture.lines if not line.is_reference))
     for line in picture.lines:
         axes.plot(np.asarray(line.x), np.asarray(line.y), **_look(line, names))
@@ -71,6 +76,27 @@ def _figure(picture: Picture) -> Any:
             frameon=False,
         )
     return figure
+
+
+def _in_scale(picture: Picture) -> Picture:
+    """Without the points of a model that exploded, beside which nothing else could be seen; its
+    name says so. As it is where nothing else is there, or on a logarithmic axis."""
+    most = EXPLODED * USUAL
+    if picture.diagonal:
+        most = EXPLODED * (max(abs(v) for v in _range([li.x for li in picture.lines])) or USUAL)
+    heights = [np.abs(np.asarray(line.y, np.float64)) for line in picture.lines]
+    far = {li.label for li, y in zip(picture.lines, heights, strict=True) if (y > most).any()}
+    if picture.is_log_y or not far or not any((y <= most).any() for y in heights):
+        return picture
+    lines = (
+        replace(
+            line,
+            y=np.where(y > most, np.nan, line.y),
+            label=line.label + BEYOND if line.label in far else line.label,
+        )
+        for line, y in zip(picture.lines, heights, strict=True)
+    )
+    return replace(picture, lines=tuple(lines))
 
 
 def _look(line: Line, names: Sequence[str]) -> dict[str, Any]:

@@ -62,11 +62,9 @@ def fit(volumes: np.ndarray, energies: np.ndarray) -> Equation:
     x = (volumes / unit) ** (-2 / 3)
     polynomial = np.polynomial.Polynomial.fit(x, energies - offset, 3)
     first, second, third = (polynomial.deriv(k) for k in (1, 2, 3))
-    real = [r.real for r in np.atleast_1d(first.roots()) if abs(r.imag) < 1e-9 and r.real > 0]
-    minima = [r for r in real if second(r) > 0]
-    if not minima:
+    x0 = _minimum(first)
+    if x0 is None or x0 <= 0:
         raise ValueError("the energy has no minimum in the volume")
-    x0 = min(minima, key=lambda r: abs(r - x.mean()))
     v0 = x0**-1.5  # in units of `unit`
     # chain rule with x = v^(-2/3); the first derivative by x is zero at x0
     d1, d2 = -2 / 3 * v0 ** (-5 / 3), 10 / 9 * v0 ** (-8 / 3)
@@ -80,6 +78,21 @@ def fit(volumes: np.ndarray, energies: np.ndarray) -> Equation:
         b1=float(-1 - v0 * e3 / e2),
         rms=rms,
     )
+
+
+def _minimum(first: np.polynomial.Polynomial) -> float | None:
+    """Where a cubic polynomial of this derivative has its minimum, if anywhere.
+
+    In the form that stays exact as the cubic term vanishes, which it does for B' = 4.
+    """
+    c, b, a = np.pad(first.coef, (0, 2))[:3]
+    inside = b * b - 4 * a * c
+    if inside <= 0:
+        return None
+    root = np.sqrt(inside)  # the second derivative there, which is positive
+    place = -2 * c / (b + root) if b > 0 else (root - b) / (2 * a)
+    shift, scale = first.mapparms()
+    return float((place - shift) / scale)
 
 
 def delta(a: Equation, b: Equation, *, span: float = 0.06) -> float:

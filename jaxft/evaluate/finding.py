@@ -16,6 +16,8 @@ from rich import box
 from rich.table import Table
 
 MISSING = "–"
+MOST_POINTS = 2000
+"""Of one model in a picture."""
 
 Value = float | int | bool | str | None
 """None where a quantity does not exist for this row."""
@@ -154,6 +156,15 @@ class Finding:
             for row in self.rows
         )
         return [heading, *lines]
+
+
+def scatter(label: str, x: np.ndarray, y: np.ndarray) -> Line:
+    """At most ``MOST_POINTS`` of many, at random with a fixed seed: every third component of forces
+    would be those along x."""
+    if len(x) > MOST_POINTS:
+        chosen = np.random.default_rng(0).permutation(len(x))[:MOST_POINTS]
+        x, y = x[chosen], y[chosen]
+    return Line(label, x, y, is_scatter=True)
 
 
 def shown_value(value: Value) -> str:

@@ -22,7 +22,7 @@ from jaxft.data import Frame
 from jaxft.evaluate.accuracy import joined, left_out, missing, outcomes_of, sound_pairs, values_of
 from jaxft.evaluate.candidate import Candidate, Flag, JaxCandidate, Outcome, check_names
 from jaxft.evaluate.errors import TOTAL, GroupErrors, errors
-from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
+from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value, scatter
 from jaxft.surgery import set_e0s
 
 QUANTITIES = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
@@ -174,8 +174,7 @@ def _drift_line(name: str, before: Sequence[Outcome], after: Sequence[Outcome]) 
         if not isinstance(b, Flag) and not isinstance(a, Flag)
     ]
     old, new = (np.concatenate([np.zeros(0), *(p[k] for p in pairs)]) for k in (0, 1))
-    every = max(-(-len(old) // 2000), 1)
-    return Line(name, old[::every], (new - old)[::every], is_scatter=True)
+    return scatter(name, old, new - old)
 
 
 def _distances(base: Candidate, model: Candidate) -> list[Row]:

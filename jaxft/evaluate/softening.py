@@ -25,7 +25,7 @@ from ase.geometry import find_mic
 from jaxft.data import Frame
 from jaxft.evaluate.accuracy import joined, left_out, missing, outcomes_of, sound_pairs
 from jaxft.evaluate.candidate import Candidate, Outcome, check_names
-from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value
+from jaxft.evaluate.finding import Finding, Line, Picture, Row, Value, scatter
 from jaxft.evaluate.predictions import FrameResult
 
 UNITS = {
@@ -39,7 +39,6 @@ UNITS = {
     "rmse_corrected": "meV/Å",
 }
 ALL = "mean of materials"
-MOST_POINTS = 2000
 
 Pair = tuple[Frame, FrameResult]
 
@@ -166,14 +165,12 @@ def _judge(
         if isinstance(value := row.values.get("slope"), float):
             slopes.append(value)
     spread = float(np.std(slopes, ddof=1)) if len(slopes) > 1 else None
-    mean: dict[str, Value] = {"frames": len(every)}
+    mean: dict[str, Value] = {"frames": len(sound_pairs(every, outcomes[: len(every)]))}
     if slopes:
         mean |= {"slope": float(np.mean(slopes)), "slope_spread": spread}
     rows.append(Row(candidate.name, ALL, mean, left_out(every, outcomes[: len(every)])))
     predicted, reference = _forces(sound_pairs(every, outcomes[: len(every)]))
-    stride = max(-(-predicted.size // MOST_POINTS), 1)
-    line = Line(candidate.name, reference[::stride], predicted[::stride], is_scatter=True)
-    return _Judged(rows, line)
+    return _Judged(rows, scatter(candidate.name, reference, predicted))
 
 
 def _row(
