@@ -472,6 +472,19 @@ def test_frames_above_the_limit_are_left_out_and_counted():
         softening.check([candidate("a")], frames, max_force=1e-9)
 
 
+def test_finite_numbers_beyond_all_bounds_are_an_explosion():
+    class Huge(Scaled):
+        def calculate(self, *args, **kwargs):
+            super().calculate(*args, **kwargs)
+            if len(self.atoms) == 2:
+                self.results["forces"] = 1e130 * self.results["forces"]
+
+    cells = [ase.build.bulk("Cu", cubic=True), ase.Atoms("Cu2", [(0, 0, 0), (0, 0, 2)])]
+    sound, exploded = AseCandidate("huge", Huge()).evaluate(cells)
+    assert np.isfinite(sound.forces).all()
+    assert "explodes" in exploded.reason
+
+
 def test_a_model_that_explodes_is_flagged_and_the_rest_stays():
     sound = labelled("Cu", 2)
     gold = [replace(f, atomic_numbers=np.full(4, 79), source="gold") for f in labelled("Cu", 1)]

@@ -49,6 +49,7 @@ class Headline:
       absolute: mean of absolute values: of signed errors.
       best: the ideal; infinite where more is better, None where nothing is.
       against: the setting of the finding that names the model which the number compares with.
+      flagged: whether rows with a flag count, such as a relaxation that did not end.
     """
 
     column: str
@@ -56,6 +57,7 @@ class Headline:
     absolute: bool = False
     best: float | None = 0.0
     against: str | None = None
+    flagged: bool = True
 
     def of(self, finding: Finding, model: str) -> float | None:
         """The number of one model, None where it has none."""
@@ -76,7 +78,11 @@ class Headline:
     def _rows(self, finding: Finding, model: str) -> tuple[Row, ...]:
         rows = finding.of(model)
         rows = tuple(filter(self._is_chosen, rows)) or rows
-        return tuple(row for row in rows if row.values.get(self.column) is not None)
+        return tuple(
+            row
+            for row in rows
+            if row.values.get(self.column) is not None and (self.flagged or row.flag is None)
+        )
 
     def distance(self, value: float) -> float:
         """From the ideal; less is better."""

@@ -186,7 +186,13 @@ def _frame(atoms: ase.Atoms) -> Frame:
 
 def _checked(result: FrameResult) -> Outcome:
     numbers = (result.energy, result.forces, 0.0 if result.stress is None else result.stress)
-    return result if all(np.isfinite(n).all() for n in numbers) else Flag(NOT_FINITE)
+    if not all(np.isfinite(n).all() for n in numbers):
+        return Flag(NOT_FINITE)
+    energy = result.energy / max(len(result.forces), 1)
+    largest = max(float(np.abs(n).max(initial=0.0)) for n in (energy, *numbers[1:]))
+    if largest > LARGEST:
+        return Flag(f"the model explodes: energy per atom, forces or stress reach {largest:.0e}")
+    return result
 
 
 def check_names(candidates: Sequence[Candidate]) -> None:

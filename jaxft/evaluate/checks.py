@@ -156,7 +156,7 @@ CHECKS: dict[str, Check] = {
         {"references": Reader(dict[str, Path], _curves)},
     ),
     "elastic": Check(elastic.check, (Headline("k_error", absolute=True, against="against"),)),
-    "relax": Check(relax.check, (Headline("rmsd"),)),
+    "relax": Check(relax.check, (Headline("rmsd", flagged=False),)),
     "diatomics": Check(diatomics.check, (Headline("force_flips", diatomics.ALL, best=1.0),)),
     "smoothness": Check(smoothness.check, (Headline("force_jump"),)),
     "rss": Check(
