@@ -96,9 +96,9 @@ class Checkpoints:
             return self._manager.restore(step, args=what)
         except (ValueError, KeyError, OSError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint {self._directory / str(step)} is damaged "
-                f"({error!s:.300});\nremove it to resume from an older one, if there is one, or "
-                "start a new output."
+                f"the checkpoint {self._directory / str(step)} is damaged, or of another version "
+                f"of jaxft ({error!s:.300});\nremove it to resume from an older one, if there is "
+                "one, or start a new output."
             ) from error
 
     def close(self) -> None:

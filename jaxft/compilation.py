@@ -56,7 +56,7 @@ def enable_cache(folder: str | Path | None = None, *, max_bytes: int = MAX_BYTES
         (JAX's own limit needs ``filelock`` and locks every access; it is left as it is.)
 
     Raises:
-      ValueError: others can write to the folder or to one that it lies in.
+      ValueError: others can write to the folder or to one that it lies in, or it is a file.
       OSError: the folder cannot be made or used.
     """
     given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
@@ -68,6 +68,8 @@ def enable_cache(folder: str | Path | None = None, *, max_bytes: int = MAX_BYTES
     for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)  # pathlib would give parents the umask's mode
     path = path.resolve()
+    if not path.is_dir():
+        raise ValueError(f"compiled programs cannot be kept in {path}, which is no folder.")
     _check_private(path)
     _prune(path, max_bytes)
     jax.config.update("jax_compilation_cache_dir", str(path))

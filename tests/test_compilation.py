@@ -151,6 +151,7 @@ def test_commands_keep_programs_where_the_environment_says(cache, monkeypatch, s
         (str(cache), f"kept in {cache} (as asked for; 0 programs"),
         ("", f"kept in {tmp_path / 'jaxft' / 'xla'}"),
         ("off", "not kept: JAXFT_XLA_CACHE=off"),
+        ("OFF", "not kept: JAXFT_XLA_CACHE=off"),
     ):
         monkeypatch.setenv("JAXFT_XLA_CACHE", value)
         jax.config.update("jax_compilation_cache_dir", None)
@@ -159,10 +160,11 @@ def test_commands_keep_programs_where_the_environment_says(cache, monkeypatch, s
     (tmp_path / "file").touch()
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    monkeypatch.setenv("JAXFT_XLA_CACHE", str(tmp_path / "file" / "folder"))
-    result = CliRunner().invoke(app, ["info", str(bundle)])
-    assert result.exit_code == 1
-    assert "error: " in result.output
+    for wrong in (tmp_path / "file", tmp_path / "file" / "folder"):
+        monkeypatch.setenv("JAXFT_XLA_CACHE", str(wrong))
+        result = CliRunner().invoke(app, ["info", str(bundle)])
+        assert result.exit_code == 1
+        assert "error: " in result.output
     monkeypatch.delenv("JAXFT_XLA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     result = CliRunner().invoke(app, ["info", str(bundle)])

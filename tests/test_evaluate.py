@@ -128,6 +128,8 @@ def test_energies_alone_are_those_of_the_frames(tiny, mixed, results, monkeypatc
 def test_no_frames_give_no_results(tiny):
     assert predict_frames(*tiny, []) == []
     assert len(predict_energies(*tiny, [])) == 0
+    with pytest.raises(ValueError, match="batches of 0 frames are not possible"):
+        predict_energies(*tiny, [], batch_size=0)
     with pytest.raises(ValueError, match="batch_size"):
         predict_frames(*tiny, [], batch_size=0)
 

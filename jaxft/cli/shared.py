@@ -108,7 +108,7 @@ def keep_programs() -> Any:
     from jaxft import compilation
 
     chosen = os.environ.get("JAXFT_XLA_CACHE")
-    if chosen == "off":
+    if chosen and chosen.lower() == "off":
         return compilation.disable_cache("JAXFT_XLA_CACHE=off")
     if chosen:
         return compilation.enable_cache(chosen)

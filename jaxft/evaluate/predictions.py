@@ -178,6 +178,7 @@ def predict_energies(
 ) -> np.ndarray:
     """[frames] eV, total energies alone, as :func:`predict_frames` finds them at a third of the
     cost."""
+    _check_size(batch_size)
     dtype = working_dtype(params)
     params = cast(params, dtype)
     found = np.zeros(len(frames))
@@ -230,8 +231,7 @@ def predict_frames(
         impossible geometry (before anything is compiled), or float64 is asked for while JAX has it
         switched off.
     """
-    if batch_size < 1:
-        raise ValueError(f"batches of {batch_size} frames are not possible; use batch_size >= 1.")
+    _check_size(batch_size)
     params = cast(params, working_dtype(params, dtype))
     limit = edges_per_block(max_edges_per_block)
     if not frames:
@@ -247,6 +247,11 @@ def predict_frames(
         if progress is not None:
             progress(len(results), len(frames))
     return [results[i] for i in range(len(frames))]
+
+
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batches of {batch_size} frames are not possible; use batch_size >= 1.")
 
 
 def predict_file(

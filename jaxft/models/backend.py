@@ -137,7 +137,7 @@ def usable() -> str:
     try:
         cueq.require()
     except ValueError as error:
-        other = f"cueq cannot be used here: {str(error).splitlines()[0]}"
+        other = f"cueq cannot be used here: {str(error).splitlines()[0].rstrip(';')}"
     else:
         other = "cueq can be asked for"
     return f"{choose()}; {other}"
