@@ -127,6 +127,20 @@ def test_a_structure_that_cannot_be_run_does_not_stop_the_others(ours):
     assert "Xe" in third.flag
 
 
+@pytest.mark.parametrize("repeats", [(1, 1, 1), (2, 1, 1)])
+def test_a_cell_too_thin_for_pairs_is_flagged_and_the_rest_goes_on(repeats):
+    """One atom, and two whose distance is more than half the shortest lattice vector."""
+    copper = ase.build.bulk("Cu")
+    models = [AseCandidate("one", EMT()), AseCandidate("two", EMT())]
+    found = evaluate_md(models, [copper * repeats, copper * 3], Plan(steps=60, interval=1))
+    flags = {(row.model, row.subject): row.flag for row in found.rows}
+    thin = [f for (_, subject), f in flags.items() if not subject.startswith("Cu27")]
+    assert len(thin) == 2
+    assert all("no radial distribution" in flag for flag in thin)
+    assert "rdf_error" in found.rows[-1].values
+    assert found.rows[-1].flag is None
+
+
 def test_temperatures_and_replicas_become_rows_and_means():
     plan = Plan("bussi", (30.0, 60.0), timestep=4.0, steps=100, replicas=2, interval=4)
     one_by_one = JaxCandidate("ours", MODEL, PARAMS, batch_size=1)

@@ -211,6 +211,16 @@ def test_grueneisen_parameter_and_expansion_of_a_power_law():
     assert warm["slack_kappa"] > 0
 
 
+def test_an_unstable_crystal_has_no_expansion_and_no_grueneisen_parameter():
+    options = Options(**FAST, slack=True, expansion=True)
+    finding = phonons([springs("falls", Po=-K)], [crystal_of(cubic(), "Po")], options)
+    values, flag = row(finding, "falls", "Po").values, row(finding, "falls", "Po").flag
+    assert "no thermal expansion: there are imaginary modes" in flag
+    assert "no Slack conductivity" in flag
+    assert "gruneisen" not in values
+    assert not {"expansion", "slack_kappa"} & set(row(finding, "falls", "Po at 300 K").values)
+
+
 def test_slack_by_hand():
     """Silicon with Slack's own numbers: θ 395 K, γ 0.56, 28.09 amu, δ 2.71 Å."""
     found = slack(0.56, 395, mass=28.09, volume=2.71**3, atoms=2, temperature=300)
@@ -371,6 +381,9 @@ def test_supercells_are_as_long_as_asked():
         ({"distance": 0.0}, "above 0"),
         ({"fmax": -1.0}, "fmax"),
         ({"temperatures": (0.0,)}, "above 0 K"),
+        ({"temperatures": (300.0, np.nan)}, "above 0 K"),
+        ({"distance": np.inf}, "distance"),
+        ({"mesh": np.inf}, "mesh"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(change, words):

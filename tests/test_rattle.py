@@ -184,6 +184,9 @@ def test_selection_takes_one_of_every_part():
         {"strain": -0.1},
         {"window": (0.1, 0.1)},
         {"min_length": 0.0},
+        {"min_length": np.inf},
+        {"window": (0.0, np.inf)},
+        {"amplitude": (0.0, np.inf)},
     ],
 )
 def test_impossible_ranges_are_refused(wrong):

@@ -63,7 +63,11 @@ def look_at(
         vibrations = spectrum([t.velocities for t in whole], interval)
     except ValueError as error:
         missing.append(str(error).splitlines()[0])
-    pairs, expected = _pairs(whole, reference)
+    pairs = expected = None
+    try:
+        pairs, expected = _pairs(whole, reference)
+    except ValueError as error:
+        missing.append(str(error).splitlines()[0])
     first = whole[0]
     energy = 1000 * (first.total - first.total[0]) / len(first.start)
     return Look(
@@ -103,8 +107,20 @@ def _pairs(
         for t in replicas
         for i in np.unique(np.linspace(0, len(t) - 1, RDF_FRAMES).astype(int))
     ]
-    expected = None if reference is None else rdf(reference, r_max=r_max)
-    return rdf(frames, r_max=r_max), expected
+    expected = None if reference is None else _curve(reference, r_max)
+    return _curve(frames, r_max), expected
+
+
+def _curve(frames: Sequence[ase.Atoms], r_max: float) -> Rdf:
+    """Raises ValueError where no pair is within ``r_max``, so that nothing can be compared."""
+    if len(frames[0]) > 1:
+        found = rdf(frames, r_max=r_max)
+        if found.g.any():
+            return found
+    raise ValueError(
+        f"no radial distribution: no two atoms are within {r_max:.3g} Å, half the shortest lattice "
+        "vector; repeat the cell"
+    )
 
 
 def pictures_of(looks: Mapping[tuple[str, str], Look]) -> tuple[Picture, ...]:

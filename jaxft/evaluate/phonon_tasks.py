@@ -71,11 +71,11 @@ class Options:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; use one of {', '.join(METHODS)}.")
         for name in POSITIVE:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < np.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not possible; use one above 0.")
-        if self.fmax is not None and not self.fmax > 0:
+        if self.fmax is not None and not 0 < self.fmax < np.inf:
             raise ValueError(f"fmax={self.fmax} is not possible; use one above 0, eV/Å.")
-        if not self.temperatures or min(self.temperatures) <= 0:
+        if not self.temperatures or not all(0 < t < np.inf for t in self.temperatures):
             raise ValueError(
                 f"temperatures {list(self.temperatures)} are not possible; give some above 0 K."
             )

@@ -181,9 +181,11 @@ def _rows(
         flags += solved.flags
         values["sum_rule"] = solved.sum_rule
         if options.slack:
-            values |= _slack(solved, view, options, thermals)
+            found = _slack(solved, view, options, thermals)
+            values |= found
+            flags += [] if found else ["no Slack conductivity: no acoustic mode is real"]
         if options.expansion:
-            flags += _expand(solved, options, thermals)
+            flags += _expand(solved, view, options, thermals)
     flag = "; ".join(flags) or None
     return [Row(model, name, values, flag)] + [
         Row(model, f"{name} at {t:g} K", found)
@@ -211,6 +213,8 @@ def _slack(
     smaller, larger = (solved.at[v].phonons for v in options.gruneisen_volumes)
     primitive = view.phonons.primitive
     gamma = gruneisen(view.phonons, larger, smaller, solved.ground.zone.mesh)
+    if not np.isfinite(gamma):
+        return {}
     debye = debye_temperature(view.spectrum.frequencies, view.spectrum.weights)
     for found, temperature in zip(thermals, options.temperatures, strict=True):
         found["slack_kappa"] = slack(
@@ -224,8 +228,12 @@ def _slack(
     return {"gruneisen": gamma, "debye": debye}
 
 
-def _expand(solved: Solved, options: Options, thermals: list[dict[str, Value]]) -> list[str]:
+def _expand(
+    solved: Solved, view: View, options: Options, thermals: list[dict[str, Value]]
+) -> list[str]:
     """Adds what the quasi-harmonic approximation says; returns what it cannot say, and why."""
+    if view.lowest < -options.tolerance:
+        return ["no thermal expansion: there are imaginary modes"]
     every = [solved.at[v] for v in options.qha_volumes]
     flags = []
     for found, temperature in zip(thermals, options.temperatures, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,6 +61,9 @@ def gruneisen(phonons: Phonons, larger: Phonons, smaller: Phonons, mesh: list[in
       larger: at V + ΔV.
       smaller: at V - ΔV.
       mesh: of q points.
+
+    Returns:
+      NaN where no acoustic mode is real.
     """
     phonopy_api()
     from phonopy import PhonopyGruneisen
@@ -70,7 +74,7 @@ def gruneisen(phonons: Phonons, larger: Phonons, smaller: Phonons, mesh: list[in
     is_real = frequencies[:, :ACOUSTIC] > CUTOFF
     weights = np.broadcast_to(np.asarray(weights, float)[:, None], is_real.shape)[is_real]
     squares = parameters[:, :ACOUSTIC][is_real] ** 2
-    return float(np.sqrt(weights @ squares / weights.sum()))
+    return float(np.sqrt(weights @ squares / weights.sum())) if len(weights) else float("nan")
 
 
 def debye_temperature(frequencies: np.ndarray, weights: np.ndarray) -> float:
@@ -139,13 +143,16 @@ def expansion(
     steps = np.array([-1, 0, 1, 2]) * min(THERMAL_STEP, 0.5 * temperature)
     order = np.argsort([one.primitive.volume for one in phonons])
     volumes = [phonons[i].primitive.volume for i in order]
-    found = run_qha(
-        [phonons[i] for i in order],
-        temperature + steps,
-        internal_energies=[energies[i] for i in order],
-        mesh=mesh,
-        exclude_gamma_acoustic=True,
-    )
+    with warnings.catch_warnings():
+        # of lattice parameters, which are not used; a volume out of range is looked for below
+        warnings.filterwarnings("ignore", ".*are extrapolated")
+        found = run_qha(
+            [phonons[i] for i in order],
+            temperature + steps,
+            internal_energies=[energies[i] for i in order],
+            mesh=mesh,
+            exclude_gamma_acoustic=True,
+        )
     if len(found.temperatures) < 2:
         return None
     volume = float(found.equilibrium_volumes[1])

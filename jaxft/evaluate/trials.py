@@ -31,11 +31,12 @@ class Ranges:
 
     def __post_init__(self) -> None:
         checks = {
-            "amplitude": 0 <= self.amplitude[0] <= self.amplitude[1] and self.amplitude[1] > 0,
+            "amplitude": 0 <= self.amplitude[0] <= self.amplitude[1]
+            and 0 < self.amplitude[1] < np.inf,
             "volume": 0 < self.volume[0] <= self.volume[1] < 8,
             "strain": 0 <= self.strain < 0.5,
-            "window": 0 <= self.window[0] < self.window[1],
-            "min_length": self.min_length > 0,
+            "window": 0 <= self.window[0] < self.window[1] < np.inf,
+            "min_length": 0 < self.min_length < np.inf,
         }
         wrong = [f"{name}={getattr(self, name)}" for name, is_good in checks.items() if not is_good]
         if wrong:
