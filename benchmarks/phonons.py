@@ -53,7 +53,7 @@ import ase
 import ase.build
 import ase.io
 import numpy as np
-from common import confine, finish, output_options, settings
+from common import MODELS, Case, build, confine, finish, output_options, settings
 
 HERE = Path(__file__).parent
 FOUNDATION = HERE / "data" / "gfn2_small.model"
@@ -417,7 +417,9 @@ def main() -> None:
     parser.add_argument("--preset", default="naive")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4, help="cells per batch; default 4")
-    parser.add_argument("--model", type=Path, default=FOUNDATION, help="torch file")
+    parser.add_argument(
+        "--model", default=FOUNDATION, help=f"torch file; or random weights of {', '.join(MODELS)}"
+    )
     parser.add_argument("--distance", type=float, default=1e-3, help="finite, Å; default 0.001")
     parser.add_argument("--cells", type=int, default=CELLS, help="of speed; default 48")
     parser.add_argument("--limit", type=float, default=2.0, help="GiB; default 2")
@@ -426,7 +428,13 @@ def main() -> None:
     output_options(parser)
     args = parser.parse_args()
     confine(args.threads)
-    {"table": table, "speed": speed, "agreement": agreement, "memory": memory}[args.part](args)
+    part = {"table": table, "speed": speed, "agreement": agreement, "memory": memory}[args.part]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model in MODELS:
+            built = build(Case(args.model, "float32", Path(folder))).torch_file
+            args.model = built.rename(built.with_stem(args.model))
+        args.model = Path(args.model)
+        part(args)
 
 
 if __name__ == "__main__":

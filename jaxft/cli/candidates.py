@@ -123,6 +123,9 @@ def show(
     """Print and keep a result; the paths were looked at by :func:`check_outputs`.
 
     A result of many columns is printed as several ``tables``, which are split until they fit.
+
+    Raises:
+      typer.Exit: with 1, at the end, if nothing at all could be computed.
     """
     from jaxft.evaluate.layout import fitted
 
@@ -135,9 +138,11 @@ def show(
         report.write_text(findings_page(f"jaxft evaluate {finding.check}", [finding]))
     if as_json:
         print(document)
-        return
-    for table in tables or (finding,):
-        for part in fitted(table, console):
-            console.print(part)
-    for note in finding.notes:
-        console.print(note)
+    else:
+        for table in tables or (finding,):
+            for part in fitted(table, console):
+                console.print(part)
+        for note in finding.notes:
+            console.print(note)
+    if finding.rows and not any(row.values for row in finding.rows):
+        raise typer.Exit(1)

@@ -26,6 +26,9 @@ ProgressFn = Callable[[int, int], None]
 
 NOT_FINITE = "energy, forces or stress are not finite"
 
+LARGEST = 1e8
+"""eV per atom, eV/Å, eV/Å³; beyond it a model explodes. Nuclei on top of each other stay below."""
+
 
 @dataclass(frozen=True)
 class Flag:

@@ -104,12 +104,19 @@ class Outcome(NamedTuple):
 
 
 def names_of(structures: Sequence[ase.Atoms]) -> list[str]:
-    """Formulas, numbered where they repeat."""
+    """Names or formulas, numbered where they repeat.
+
+    Raises:
+      ValueError: a structure is called what another becomes by its number.
+    """
     formulas = [str(atoms.info.get("name", atoms.get_chemical_formula())) for atoms in structures]
-    return [
+    names = [
         f"{name} #{formulas[: i + 1].count(name)}" if formulas.count(name) > 1 else name
         for i, name in enumerate(formulas)
     ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"structures called {formulas} cannot be told apart; rename them.")
+    return names
 
 
 def jobs_of(structures: Sequence[ase.Atoms], plan: Plan) -> list[Job]:
