@@ -16,6 +16,9 @@ from rich import box
 from rich.table import Table
 
 MISSING = "–"
+
+WIDEST = 32
+"""Characters of a model's or subject's name on a line of a terminal."""
 MOST_POINTS = 2000
 """Of one model in a picture."""
 
@@ -130,8 +133,8 @@ class Finding:
         table = Table(
             title=self.check, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
-        table.add_column("model", overflow="fold")
-        table.add_column("subject", overflow="fold")
+        for name in ("model", "subject"):
+            table.add_column(name, overflow="fold", max_width=WIDEST)
         for column in shown:
             unit = self.units[column]
             heading = column.replace("_", " ") + (f"\n{unit}" if unit else "")

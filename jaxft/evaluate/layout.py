@@ -17,7 +17,7 @@ UNBOUNDED = 10_000
 
 
 def fitted(finding: Finding, console: Console) -> list[RenderableType]:
-    """One table if it fits, else as few of as many columns each as do; then the flags as a list.
+    """One table if it fits, else several of as many columns as fit; then the flags as a list.
 
     A table of some columns leaves out the rows that have nothing in them.
     """
@@ -25,13 +25,12 @@ def fitted(finding: Finding, console: Console) -> list[RenderableType]:
     if _fits(whole, console):
         return [whole, *flag_lines(finding)]
     shown = [c for c in finding.units if any(r.values.get(c) is not None for r in finding.rows)]
-    tables: list[Table] = []
-    for count in range(1, len(shown) + 1):
-        size = -(-len(shown) // count)
-        parts = [shown[i : i + size] for i in range(0, len(shown), size)]
-        tables = [_part(finding, part) for part in parts]
-        if all(_fits(table, console) for table in tables):
-            break
+    parts: list[list[str]] = [[]]
+    for column in shown:
+        if parts[-1] and not _fits(_part(finding, [*parts[-1], column]), console):
+            parts.append([])
+        parts[-1].append(column)
+    tables = [_part(finding, part) for part in parts if part]
     for table in tables[1:]:
         table.title = None
     heading = [] if tables else [Text(finding.check)]
