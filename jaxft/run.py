@@ -50,6 +50,7 @@ def finetune(
     console: Console | None = None,
     restart: str = "never",
     devices: int | None = None,
+    until: int | None = None,
 ) -> RunResult:
     """Run a config.
 
@@ -63,11 +64,13 @@ def finetune(
       restart: ``never`` refuses an output that exists; ``auto`` continues the run in it, if there
         is one; ``always`` refuses to begin anew.
       devices: of each process to use; None is all.
+      until: pause after this epoch; ``restart="auto"`` goes on as if there had been no pause.
 
     Raises:
       ValueError, FileExistsError: input that cannot be used; with several processes in one of them.
       NonFiniteError: the run diverged.
-      Preempted: SIGTERM came while it trained; it is saved, ``restart="auto"`` goes on.
+      Preempted: SIGTERM came while it trained, or it paused; it is saved, ``restart="auto"`` goes
+        on.
     """
     is_writer = parallel.is_first()
     console = console if console is not None and is_writer else Console(quiet=True)
@@ -87,7 +90,7 @@ def finetune(
     console.print(_devices(mesh), highlight=False)
     console.print(f"computes with {choose(config.backend, config.precision)}", highlight=False)
     display = Display(console, initial_error=MISMATCH)
-    fitted = _fit(config, given, tx, schedule, display, logger, mesh)
+    fitted = _fit(config, given, tx, schedule, display, logger, mesh, until)
     path = output / MODEL
     after = _predict_tests(config, given, fitted.params)
     judged = [
@@ -167,6 +170,7 @@ def _fit(
     display: Display,
     logger: Logger,
     mesh: Mesh,
+    until: int | None,
 ) -> FitResult:
     plateau = config.optimizer.plateau
     settings = FitSettings(
@@ -177,6 +181,7 @@ def _fit(
         dtype=config.compute_dtype,
         ema_decay=config.ema_decay,
         patience=config.patience,
+        max_seconds=config.max_seconds,
         metric=config.metric,
         plateau=None if plateau is None else Plateau(**plateau.model_dump()),
         checkpoint_every=config.checkpoint_every,
@@ -201,6 +206,7 @@ def _fit(
             logger=logger,
             mesh=mesh,
             stop=stop,
+            until=until,
         )
 
 
