@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
@@ -274,15 +273,18 @@ def _spread(train: Mixture, settings: FitSettings, mesh: Mesh) -> Spread:
 
 
 def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> Any:
-    """``(moving, batch) -> moving, info``, jitted: one update with its average; after one that is
-    not finite, none changes anything.
+    """:func:`advancing`, jitted."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(advancing(step, settings.ema_decay), donate_argnums=0, out_shardings=everywhere)
+
+
+def advancing(step: StepFn, ema_decay: float | None) -> Callable[[Moving, Batch], Any]:
+    """``(moving, batch) -> moving, info``: one update with its average; after one that is not
+    finite, none changes anything.
 
     So nobody has to wait for the device after every update to know that it went well.
     """
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def advance(moving: Moving, batch: Batch) -> tuple[Moving, dict[str, Array]]:
         before = moving.state
         after, info = step(before, batch)
@@ -294,9 +296,9 @@ def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> Any:
         )
         state = TrainState(counter, trainable, before.frozen, opt_state)
         ema = trainable
-        if settings.ema_decay is not None:
+        if ema_decay is not None:
             # torch_ema's warm-up, so that a short run is not judged by its first parameters.
-            decay = jnp.minimum(settings.ema_decay, (1 + counter) / (10 + counter))
+            decay = jnp.minimum(ema_decay, (1 + counter) / (10 + counter))
             decay = jnp.where(is_sound, decay, 1.0)
             ema = jax.tree.map(
                 lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), moving.ema, trainable

@@ -81,7 +81,7 @@ def finetune(
         _check_output(output, config, restart)
         given = inputs.read(config, console)
         tx, schedule = _optimizer(config, given, mesh)
-        before = _predict_tests(config, given, given.params)
+        before = predict_tests(config, given, given.params)
         logger = _logger(config) if is_writer else Logs([])
     with parallel.together("making the output"):
         if is_writer:
@@ -92,7 +92,7 @@ def finetune(
     display = Display(console, initial_error=MISMATCH)
     fitted = _fit(config, given, tx, schedule, display, logger, mesh, until)
     path = output / MODEL
-    after = _predict_tests(config, given, fitted.params)
+    after = predict_tests(config, given, fitted.params)
     judged = [
         Judged(name, frames, before[name], after[name], config.test[name].e0s == "base")
         for name, frames in given.tests.items()
@@ -117,7 +117,7 @@ def _write(
         console.print(f"{path} exists and is kept; the run was complete.")
     else:
         _save_adapter(config, given, fitted, output / ADAPTER, console)
-        bundle.save(path, given.model, fitted.params, provenance=_provenance(config, fitted))
+        bundle.save(path, given.model, fitted.params, provenance=provenance_of(config, fitted))
         console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
     if judged:
         console.print(outcome.comparison(judged))
@@ -267,7 +267,7 @@ def _save_adapter(
     console.print(f"wrote {path} (`jaxft merge {config.model} {path} OUT.jaxft`)")
 
 
-def _predict_tests(config: Config, given: Inputs, params: Params) -> dict[str, list[FrameResult]]:
+def predict_tests(config: Config, given: Inputs, params: Params) -> dict[str, list[FrameResult]]:
     """Results on each test set, with the E0s of its level of theory."""
     found = {}
     for name, frames in given.tests.items():
@@ -296,7 +296,8 @@ def _check_output(output: Path, config: Config, restart: str) -> None:
             )
 
 
-def _provenance(config: Config, fitted: FitResult) -> dict[str, object]:
+def provenance_of(config: Config, fitted: FitResult) -> dict[str, object]:
+    """Where the model of a run comes from."""
     return {
         "made_by": f"jaxft {__version__}",
         "jax": jax.__version__,

@@ -37,6 +37,10 @@ Small = Annotated[bool, typer.Option("--small", help="The short form that CONFIG
 Jobs = Annotated[
     int, typer.Option(min=1, help="Processes that share the cells, cores and GPUs of this machine.")
 ]
+Stacked = Annotated[
+    bool,
+    typer.Option("--stacked", help="Train cells that differ in numbers alone as one step."),
+]
 Retry = Annotated[bool, typer.Option("--retry", help="Run cells again that did not end well.")]
 
 
@@ -73,12 +77,13 @@ def study_run(
     ] = None,
     jobs: Jobs = 1,
     retry: Retry = False,
+    stacked: Stacked = False,
 ) -> None:
     """Run the cells that are not finished; any number of processes may do so at once."""
     _, cells = _planned(config, overrides, small)
     if cell is not None or index is not None:
         cells = [_chosen(cells, cell, index)]
-    _run(config, overrides, small, cells, jobs, retry)
+    _run(config, overrides, small, cells, jobs, retry, stacked)
 
 
 @study_app.command("collect")
@@ -97,13 +102,14 @@ def study_all(
     small: Small = False,
     jobs: Jobs = 1,
     retry: Retry = False,
+    stacked: Stacked = False,
 ) -> None:
     """Run CONFIG and collect what it found."""
     from jaxft.evaluate.svg import new_figure
 
     new_figure(1, 1)  # says what to install before anything is computed
     study, cells = _planned(config, overrides, small)
-    _run(config, overrides, small, cells, jobs, retry)
+    _run(config, overrides, small, cells, jobs, retry, stacked)
     _collect(study, cells)
 
 
@@ -174,16 +180,18 @@ def _run(
     cells: list[Cell],
     jobs: int,
     retry: bool,
+    stacked: bool,
 ) -> None:
     from jaxft.study import work
 
     if jobs > 1:
         command = ["study", "run", *_words(config, overrides, small)]
-        work.spawn([*command, *(["--retry"] if retry else [])], min(jobs, len(cells)))
+        flags = [*(["--retry"] if retry else []), *(["--stacked"] if stacked else [])]
+        work.spawn([*command, *flags], min(jobs, len(cells)))
         return
     backends = {cell.config.backend for cell in cells}
     use(None, "cueq" if "cueq" in backends else "auto")
-    work.work(cells, _tell, retry=retry)
+    work.work(cells, _tell, retry=retry, together=stacked)
 
 
 def _tell(line: str) -> None:

@@ -44,7 +44,7 @@ def run_cell(cell: Cell, *, retry: bool = False) -> Result:
             return known
         if known is not None:
             (cell.folder / results.RESULT).unlink()
-            shutil.rmtree(cell.config.output, ignore_errors=True)
+            begin_anew(cell)
         found = _run(cell, held, None)
         assert found is not None
         return found
@@ -61,10 +61,9 @@ def run_until(cell: Cell, epoch: int) -> Result | None:
 
 
 def _run(cell: Cell, held: Held, until: int | None) -> Result | None:
-    output = cell.config.output
     if not _can_go_on(cell):
-        shutil.rmtree(output, ignore_errors=True)
-    with (cell.folder / LOG).open("a") as log, _precision(cell.config):
+        begin_anew(cell)
+    with (cell.folder / LOG).open("a") as log, precision(cell.config):
         console = Console(file=log, width=120, markup=False)
         console.print(cell.name)
         result = _attempt(cell, console, until)
@@ -72,8 +71,13 @@ def _run(cell: Cell, held: Held, until: int | None) -> Result | None:
         return None
     held.check()
     results.save(cell.folder, result)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(cell.config.output / CHECKPOINTS, ignore_errors=True)
     return result
+
+
+def begin_anew(cell: Cell) -> None:
+    """Remove what was begun; a cell's folder is that of its content, and holds nothing else."""
+    shutil.rmtree(cell.config.output, ignore_errors=True)
 
 
 def _attempt(cell: Cell, console: Console, until: int | None) -> Result | None:
@@ -115,7 +119,7 @@ def _can_go_on(cell: Cell) -> bool:
 
 
 @contextmanager
-def _precision(config: Config) -> Iterator[None]:
+def precision(config: Config) -> Iterator[None]:
     """JAX computes as a process of this config alone would; as before afterwards."""
     before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", config.parameter_dtype == "float64")

@@ -14,7 +14,9 @@ ERROR, LOST = "forces_rmse", f"forces_rmse{RATIO}"
 UNIT = "meV/Å"
 
 
-def pictures(groups: Sequence[Grouped], targets: Sequence[str], bases: Sequence[str]) -> list:
+def pictures(
+    groups: Sequence[Grouped], targets: Sequence[str], bases: Sequence[str]
+) -> list[Picture]:
     """All pictures that the groups of one dataset have points for."""
     found = [*_efficiency(groups, targets), *_sensitivity(groups, targets)]
     return [*found, *_forgetting(groups, targets, bases)]
@@ -72,8 +74,8 @@ def _curves(
     for label, points in lines.items():
         points = sorted(points, key=lambda point: point[0])
         drawn.append(Line(label, [p for p, _ in points], [s.mean for _, s in points]))
-        every = [(p, value) for p, s in points for value in s.values]
-        drawn.append(Line(label, *zip(*every, strict=True), is_scatter=True))
+        x_of, y_of = zip(*((p, value) for p, s in points for value in s.values), strict=True)
+        drawn.append(Line(label, x_of, y_of, is_scatter=True))
     if drawn:
         is_log_x = all(min(line.x) > 0 for line in drawn)
         yield Picture(title, x, f"force RMSE, {UNIT}", tuple(drawn), is_log_x, is_log_y=True)

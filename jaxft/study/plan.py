@@ -97,7 +97,7 @@ def check_different(cells: list[Cell]) -> None:
 def _of_pair(study: StudyConfig, dataset: str, recipe: str, counts: _Counts) -> Iterator[Cell]:
     axes = {**study.vary, **study.recipes[recipe].vary}
     choices = [_choices(name, axis) for name, axis in axes.items()]
-    sizes = study.sizes or [None]
+    sizes: list[int | float | None] = [*(study.sizes or [None])]
     for chosen in itertools.product(*choices):
         words = [word for _, given in chosen for word in given]
         varied = {name: label for name, (label, _) in zip(axes, chosen, strict=True)}

@@ -15,6 +15,7 @@ from jaxft.study.cell import run_cell
 from jaxft.study.lock import Busy, is_held
 from jaxft.study.plan import Cell
 from jaxft.study.results import Result
+from jaxft.study.stacking import run_stack, stacks
 
 TellFn = Callable[[str], None]
 FORGET = 6
@@ -23,11 +24,21 @@ FORGET = 6
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def work(cells: Sequence[Cell], tell: TellFn, *, retry: bool = False) -> None:
+def work(
+    cells: Sequence[Cell], tell: TellFn, *, retry: bool = False, together: bool = False
+) -> None:
     """Run every cell that is not finished, and that no other process runs.
 
     Any number of processes, on machines that share the folder, may do this at once.
+
+    Args:
+      cells: of a plan.
+      tell: called with a line after every cell.
+      retry: as in :func:`jaxft.study.cell.run_cell`.
+      together: first train as one step those that can be, :mod:`jaxft.study.stacked`.
     """
+    for stack in stacks(cells) if together else ():
+        run_stack(stack, tell)
     ran = 0
     for number, cell in enumerate(cells, start=1):
         known = results.read(cell.folder)
