@@ -235,7 +235,7 @@ def _show(cells: list[Cell], states: list[str]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     axes = list(dict.fromkeys(axis for cell in cells for axis in cell.varied))
     for heading in ("", "id", "dataset", "recipe", *axes, "frames", "seed", "epochs", "status"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "id")
     for number, (cell, state) in enumerate(zip(cells, states, strict=True)):
         chosen = [cell.varied.get(axis, "") for axis in axes]
         frames = "all" if cell.size is None else str(cell.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -97,7 +97,7 @@ def check_different(cells: list[Cell]) -> None:
 def _of_pair(study: StudyConfig, dataset: str, recipe: str, counts: _Counts) -> Iterator[Cell]:
     axes = {**study.vary, **study.recipes[recipe].vary}
     choices = [_choices(name, axis) for name, axis in axes.items()]
-    sizes: list[int | float | None] = [*(study.sizes or [None])]
+    sizes: Sequence[int | float | None] = study.sizes or (None,)
     for chosen in itertools.product(*choices):
         words = [word for _, given in chosen for word in given]
         varied = {name: label for name, (label, _) in zip(axes, chosen, strict=True)}
