@@ -477,3 +477,35 @@ def test_the_commands(folder: Path, tmp_path: Path, small) -> None:
     assert "1 cells: 1 done" in done.stdout
     assert (tmp_path / "out/results/report.html").is_file()
     yaml.safe_load((tmp_path / "out/cells" / ids[0] / "run/config.yaml").read_text())
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_shipped_configs_are_planned(is_small: bool, monkeypatch, tmp_path: Path) -> None:
+    """From the top of the repository, as their headers say."""
+    from jaxft.study.search import TuneConfig, candidates
+
+    monkeypatch.chdir(ROOT)
+    base = ROOT / "benchmarks/data/gfn2_small.model"
+    jaxft.save(tmp_path / "base.jaxft", *converted(base))
+    for path in sorted((ROOT / "configs/study").glob("*.yaml")):
+        kind = TuneConfig if path.stem.startswith("tune") else StudyConfig
+        study = load(path, small=is_small, kind=kind)
+        study = study.model_copy(update={"base": tmp_path / "base.jaxft"})
+        found = (
+            plan(study)
+            if isinstance(study, StudyConfig)
+            else [c for d in study.datasets for r in study.recipes for c in candidates(study, d, r)]
+        )
+        assert len({cell.id for cell in found}) == len(found) > 1
+        header = path.read_text().split("output:")[0]
+        if path.stem == "seven":
+            assert f"{len(found)} {'in the small form' if is_small else '='}" in header
+
+
+def converted(path: Path) -> tuple:
+    from converters.to_jax import convert
+
+    return convert(path)
