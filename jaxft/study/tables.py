@@ -54,7 +54,8 @@ class Summary:
 
     def __str__(self) -> str:
         spread = "" if self.spread is None else f" ± {self.spread:.2g}"
-        return f"{self.mean:.4g}{spread}"
+        mean = f"{self.mean:.0f}" if abs(self.mean) >= 1000 else f"{self.mean:.4g}"
+        return f"{mean}{spread}"
 
 
 @dataclass(frozen=True)
