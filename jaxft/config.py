@@ -158,6 +158,9 @@ class Config(Strict):
     """Labelled frames; those with config_type IsolatedAtom give E0s."""
     valid: float | list[Path] | Path = 0.1
     """Labelled frames, or the fraction of ``train`` to set aside."""
+    train_size: int | None = Field(None, ge=1)
+    """Train on so many of the frames only, chosen by ``seed`` after those of ``valid`` were set
+    aside; a smaller selection is part of a larger one. Isolated atoms are not counted."""
     test: dict[str, TestSet] = Field(default_factory=dict)
     keys: KeysConfig = KeysConfig()
     config_types: dict[str, float] = Field(default_factory=dict)
@@ -175,6 +178,9 @@ class Config(Strict):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: int = Field(ge=1)
+    max_seconds: float | None = Field(None, gt=0)
+    """End with the epoch in which training and validation took so long in all; waiting for
+    compilers is not counted."""
     batch_size: int = Field(8, ge=1)
     """Frames per batch, over all devices."""
     accumulate: int = Field(1, ge=1)
@@ -262,15 +268,15 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Args:
       path: YAML file; relative paths in it are relative to the working directory.
-      overrides: ``key=value``, keys dotted (``optimizer.learning_rate=1e-4``), values YAML.
+      overrides: see :func:`override`.
 
     Raises:
       ConfigError: the file is no YAML mapping, a key is unknown (the message names the closest
         one), or a value is not what is expected.
     """
     document = read_yaml(path, hint="`jaxft init --preset lora`")
-    for override in overrides:
-        _override(document, override)
+    for word in overrides:
+        override(document, word)
     return validate(document, str(path))
 
 
@@ -298,6 +304,30 @@ def read_yaml(path: str | Path, *, hint: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError(f"{path} is no mapping of keys to values; see {hint}.")
     return document
+
+
+def override(document: dict[str, Any], word: str) -> None:
+    """Change plain data in place.
+
+    Args:
+      document: a config, not yet checked.
+      word: ``key=value``, keys dotted, entries of lists by their number
+        (``optimizer.learning_rate=1e-4``, ``recipe.0.rank=8``), the value YAML.
+
+    Raises:
+      ConfigError: it is no such word, or leads through something that has no keys.
+    """
+    path, separator, value = word.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"{word!r} is no override; write key=value.")
+    *parents, last = path.split(".")
+    node: Any = document
+    for parent in parents:
+        key = _key_in(node, parent, word)
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+    node[_key_in(node, last, word)] = _parse(value, f"the value of {path!r}")
 
 
 def checked(model: type[Model], document: dict[str, Any], source: str) -> Model:
@@ -349,18 +379,22 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source} is not YAML: {error}") from error
 
 
-def _override(document: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{override!r} is no override; write key=value.")
-    *parents, name = key.split(".")
-    node = document
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} has no keys of its own.")
-        node = child
-    node[name] = _parse(value, f"the value of {key!r}")
+def _key_in(node: Any, name: str, word: str) -> Any:
+    """What ``name`` is in a mapping or a list.
+
+    Raises:
+      ConfigError: the node is neither, or has no entry of that number.
+    """
+    if isinstance(node, list):
+        if not name.isdigit() or int(name) >= len(node):
+            raise ConfigError(
+                f"override {word!r}: {name!r} is no entry of a list of {len(node)}; they count "
+                "from 0."
+            )
+        return int(name)
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {word!r}: what holds {name!r} has no keys of its own.")
+    return name
 
 
 def _explain(item: Any, top: type[BaseModel]) -> str:

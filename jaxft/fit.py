@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
@@ -60,6 +59,8 @@ class FitSettings:
     or ``stress`` (validation RMSE), or one of them of a watched set, ``replay/forces``."""
     plateau: Plateau | None = None
     """Lowers the learning rate when ``metric`` no longer falls."""
+    max_seconds: float | None = None
+    """The run ends with the epoch in which its epochs took so long, compilers not counted."""
     checkpoint_every: int | None = None
     """Updates between checkpoints inside an epoch, for long epochs. Epochs end with one, too, but
     not if they are so short that saving would take more than a twentieth of the time."""
@@ -135,6 +136,7 @@ def fit(
     logger: Logger | None = None,
     mesh: Mesh | None = None,
     stop: StopFn | None = None,
+    until: int | None = None,
 ) -> FitResult:
     """Fine-tune, resuming from ``directory`` if it holds a checkpoint of the same run.
 
@@ -160,9 +162,10 @@ def fit(
       logger: told of every epoch beside the files.
       mesh: the devices; None is all, :func:`jaxft.parallel.mesh`.
       stop: asked after every update with their number, whether to save and stop there.
+      until: save and stop after this epoch, if the run is not over then.
 
     Raises:
-      Preempted: ``stop`` said so.
+      Preempted: ``stop`` or ``until`` said so.
       NonFiniteError: with the epoch, the step and the frames of the batch.
       ValueError: the checkpoint belongs to another run, the metric is of a set that is not judged,
         or a batch has fewer frames than there are devices.
@@ -213,7 +216,7 @@ def fit(
     advance = Ahead(
         _advance(step, settings, mesh), pool=pool, report=_reporter(display, "an update")
     )
-    loop = _Loop(recipe, settings, spread, mesh, advance, validate, checkpoints, stop)
+    loop = _Loop(recipe, settings, spread, mesh, advance, validate, checkpoints, stop, until)
     try:
         with compilation.counting() as count:
             if loop.goes_on(run):
@@ -236,6 +239,8 @@ def fit(
         pool.shutdown(cancel_futures=True)
         checkpoints.close()
         logs.close()
+    if not loop.is_over(run):
+        raise Preempted(f"paused as asked, and saved after epoch {run.progress.epoch}.")
     kept = parallel.local(run.best)
     result = merge(recipe, parallel.local(run.moving.state)._replace(trainable=kept))
     return FitResult(result, run.progress.best_epoch, list(run.progress.history), kept)
@@ -268,15 +273,18 @@ def _spread(train: Mixture, settings: FitSettings, mesh: Mesh) -> Spread:
 
 
 def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> Any:
-    """``(moving, batch) -> moving, info``, jitted: one update with its average; after one that is
-    not finite, none changes anything.
+    """:func:`advancing`, jitted."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(advancing(step, settings.ema_decay), donate_argnums=0, out_shardings=everywhere)
+
+
+def advancing(step: StepFn, ema_decay: float | None) -> Callable[[Moving, Batch], Any]:
+    """``(moving, batch) -> moving, info``: one update with its average; after one that is not
+    finite, none changes anything.
 
     So nobody has to wait for the device after every update to know that it went well.
     """
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def advance(moving: Moving, batch: Batch) -> tuple[Moving, dict[str, Array]]:
         before = moving.state
         after, info = step(before, batch)
@@ -288,9 +296,9 @@ def _advance(step: StepFn, settings: FitSettings, mesh: Mesh) -> Any:
         )
         state = TrainState(counter, trainable, before.frozen, opt_state)
         ema = trainable
-        if settings.ema_decay is not None:
+        if ema_decay is not None:
             # torch_ema's warm-up, so that a short run is not judged by its first parameters.
-            decay = jnp.minimum(settings.ema_decay, (1 + counter) / (10 + counter))
+            decay = jnp.minimum(ema_decay, (1 + counter) / (10 + counter))
             decay = jnp.where(is_sound, decay, 1.0)
             ema = jax.tree.map(
                 lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), moving.ema, trainable
@@ -312,6 +320,7 @@ class _Loop(NamedTuple):
     validate: Validator
     checkpoints: Checkpoints
     stop: StopFn | None
+    until: int | None
 
     def judged(self, run: Run) -> Params:
         """The parameters to judge and to keep: averages, where there are any."""
@@ -319,9 +328,16 @@ class _Loop(NamedTuple):
         averages = _averages(moving, self.settings)
         return merge(self.recipe, moving.state._replace(trainable=averages))
 
+    def is_over(self, run: Run) -> bool:
+        """Whether nothing is left to do: of epochs, patience or time."""
+        settings, progress = self.settings, run.progress
+        limit = settings.max_seconds
+        is_late = limit is not None and parallel.said_by_first(progress.seconds >= limit)
+        return progress.epoch >= settings.epochs or progress.is_done(settings.patience) or is_late
+
     def goes_on(self, run: Run) -> bool:
-        is_done = run.progress.is_done(self.settings.patience)
-        return run.progress.epoch < self.settings.epochs and not is_done
+        is_paused = self.until is not None and run.progress.epoch >= self.until
+        return not self.is_over(run) and not is_paused
 
     def programs(self) -> dict[str, float]:
         """How many were compiled or loaded, and how many of them after the first epoch."""

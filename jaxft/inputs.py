@@ -170,8 +170,12 @@ def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
     names = keys(config)
     train = data.weigh(data.read(config.train, keys=names), config_types=config.config_types)
     if isinstance(config.valid, float):
-        return data.split(train, valid=config.valid, seed=config.seed)
-    return train, data.read(config.valid, keys=names)
+        train, valid = data.split(train, valid=config.valid, seed=config.seed)
+    else:
+        valid = data.read(config.valid, keys=names)
+    if config.train_size is not None:
+        train = data.subset(train, config.train_size, seed=config.seed)
+    return train, valid
 
 
 def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]) -> None:

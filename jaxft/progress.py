@@ -28,6 +28,12 @@ class Progress(NamedTuple):
     history: tuple[dict[str, float], ...] = ()
     plateau: dict[str, Any] | None = None
 
+    @property
+    def seconds(self) -> float:
+        """That its epochs took, without waiting for programs."""
+        rows = self.history[1:]
+        return sum(row["seconds"] - row.get("compiling", 0.0) for row in rows)
+
     def is_done(self, patience: int | None) -> bool:
         return patience is not None and self.epoch - self.best_epoch >= patience
 

@@ -50,6 +50,7 @@ def finetune(
     console: Console | None = None,
     restart: str = "never",
     devices: int | None = None,
+    until: int | None = None,
 ) -> RunResult:
     """Run a config.
 
@@ -63,11 +64,13 @@ def finetune(
       restart: ``never`` refuses an output that exists; ``auto`` continues the run in it, if there
         is one; ``always`` refuses to begin anew.
       devices: of each process to use; None is all.
+      until: pause after this epoch; ``restart="auto"`` goes on as if there had been no pause.
 
     Raises:
       ValueError, FileExistsError: input that cannot be used; with several processes in one of them.
       NonFiniteError: the run diverged.
-      Preempted: SIGTERM came while it trained; it is saved, ``restart="auto"`` goes on.
+      Preempted: SIGTERM came while it trained, or it paused; it is saved, ``restart="auto"`` goes
+        on.
     """
     is_writer = parallel.is_first()
     console = console if console is not None and is_writer else Console(quiet=True)
@@ -78,7 +81,7 @@ def finetune(
         _check_output(output, config, restart)
         given = inputs.read(config, console)
         tx, schedule = _optimizer(config, given, mesh)
-        before = _predict_tests(config, given, given.params)
+        before = predict_tests(config, given, given.params)
         logger = _logger(config) if is_writer else Logs([])
     with parallel.together("making the output"):
         if is_writer:
@@ -87,9 +90,9 @@ def finetune(
     console.print(_devices(mesh), highlight=False)
     console.print(f"computes with {choose(config.backend, config.precision)}", highlight=False)
     display = Display(console, initial_error=MISMATCH)
-    fitted = _fit(config, given, tx, schedule, display, logger, mesh)
+    fitted = _fit(config, given, tx, schedule, display, logger, mesh, until)
     path = output / MODEL
-    after = _predict_tests(config, given, fitted.params)
+    after = predict_tests(config, given, fitted.params)
     judged = [
         Judged(name, frames, before[name], after[name], config.test[name].e0s == "base")
         for name, frames in given.tests.items()
@@ -114,7 +117,7 @@ def _write(
         console.print(f"{path} exists and is kept; the run was complete.")
     else:
         _save_adapter(config, given, fitted, output / ADAPTER, console)
-        bundle.save(path, given.model, fitted.params, provenance=_provenance(config, fitted))
+        bundle.save(path, given.model, fitted.params, provenance=provenance_of(config, fitted))
         console.print(f"wrote {path} (epoch {fitted.best_epoch} of {len(fitted.history) - 1})")
     if judged:
         console.print(outcome.comparison(judged))
@@ -167,6 +170,7 @@ def _fit(
     display: Display,
     logger: Logger,
     mesh: Mesh,
+    until: int | None,
 ) -> FitResult:
     plateau = config.optimizer.plateau
     settings = FitSettings(
@@ -177,6 +181,7 @@ def _fit(
         dtype=config.compute_dtype,
         ema_decay=config.ema_decay,
         patience=config.patience,
+        max_seconds=config.max_seconds,
         metric=config.metric,
         plateau=None if plateau is None else Plateau(**plateau.model_dump()),
         checkpoint_every=config.checkpoint_every,
@@ -201,6 +206,7 @@ def _fit(
             logger=logger,
             mesh=mesh,
             stop=stop,
+            until=until,
         )
 
 
@@ -261,7 +267,7 @@ def _save_adapter(
     console.print(f"wrote {path} (`jaxft merge {config.model} {path} OUT.jaxft`)")
 
 
-def _predict_tests(config: Config, given: Inputs, params: Params) -> dict[str, list[FrameResult]]:
+def predict_tests(config: Config, given: Inputs, params: Params) -> dict[str, list[FrameResult]]:
     """Results on each test set, with the E0s of its level of theory."""
     found = {}
     for name, frames in given.tests.items():
@@ -290,7 +296,8 @@ def _check_output(output: Path, config: Config, restart: str) -> None:
             )
 
 
-def _provenance(config: Config, fitted: FitResult) -> dict[str, object]:
+def provenance_of(config: Config, fitted: FitResult) -> dict[str, object]:
+    """Where the model of a run comes from."""
     return {
         "made_by": f"jaxft {__version__}",
         "jax": jax.__version__,

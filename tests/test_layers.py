@@ -52,6 +52,7 @@ LAYERS = {
         "outcome",
         "adapter",
         "presets",
+        "study",
         "inspection",
         "page",
     ],

@@ -10,6 +10,7 @@ from jaxft.cli import (  # each adds its commands
     phonons,
     physics,
     statics,
+    study,
     train,
 )
 from jaxft.cli.shared import app, console
@@ -26,5 +27,6 @@ __all__ = [
     "phonons",
     "physics",
     "statics",
+    "study",
     "train",
 ]

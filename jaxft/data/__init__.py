@@ -37,7 +37,7 @@ from jaxft.data.mixture import Mixture, alone
 from jaxft.data.prefetch import prefetch
 from jaxft.data.selection import filter_elements, select
 from jaxft.data.sources import mixture
-from jaxft.data.split import split, structure_key
+from jaxft.data.split import split, structure_key, subset
 from jaxft.data.weighing import weigh
 from jaxft.graph import with_shared_totals
 
@@ -78,6 +78,7 @@ __all__ = [
     "shapes",
     "split",
     "structure_key",
+    "subset",
     "unlabelled",
     "updates",
     "weigh",

@@ -75,3 +75,30 @@ def split(
         )
     train = [frame for i, frame in enumerate(rest) if i not in chosen]
     return atoms + train, [rest[i] for i in sorted(chosen)]
+
+
+def subset(frames: Sequence[Frame], n: int, *, seed: int = 0) -> list[Frame]:
+    """``n`` of the frames, by a hash of each structure and the seed; isolated atoms beside them.
+
+    The order of ``frames`` does not matter, and a smaller subset is part of a larger one.
+
+    Args:
+      frames: to choose from.
+      n: how many, isolated atoms not counted.
+      seed: of the hash.
+
+    Returns:
+      All isolated atoms, then the chosen frames, each in the order given.
+
+    Raises:
+      ValueError: there are fewer frames than ``n``.
+    """
+    atoms = [frame for frame in frames if frame.config_type == ISOLATED_ATOM]
+    rest = [frame for frame in frames if frame.config_type != ISOLATED_ATOM]
+    if not 1 <= n <= len(rest):
+        raise ValueError(
+            f"{n} training frames were asked for and {len(rest)} are there, validation frames set "
+            f"aside; ask for 1 to {len(rest)}."
+        )
+    order = sorted(range(len(rest)), key=lambda i: structure_key(rest[i], seed=seed))
+    return atoms + [rest[i] for i in sorted(order[:n])]

@@ -1,0 +1,116 @@
+"""What a study looks like: data efficiency, sensitivity, forgetting against accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from jaxft.evaluate.finding import Line, Picture
+from jaxft.evaluate.fronts import pareto_front
+from jaxft.study.results import RATIO
+from jaxft.study.tables import Group, Grouped, Summary
+
+ERROR, LOST = "forces_rmse", f"forces_rmse{RATIO}"
+UNIT = "meV/Å"
+
+
+def pictures(
+    groups: Sequence[Grouped], targets: Sequence[str], bases: Sequence[str]
+) -> list[Picture]:
+    """All pictures that the groups of one dataset have points for."""
+    found = [*_efficiency(groups, targets), *_sensitivity(groups, targets)]
+    return [*found, *_forgetting(groups, targets, bases)]
+
+
+def _efficiency(groups: Sequence[Grouped], targets: Sequence[str]) -> Iterator[Picture]:
+    """Error against training frames, a line per recipe and choice."""
+    if len({found.group.size for found in groups}) < 2:
+        return
+    for target in targets:
+        lines: dict[str, list[tuple[float, Summary]]] = {}
+        for found in groups:
+            size, error = found.group.size, found.get(target, ERROR)
+            if size is not None and error is not None:
+                lines.setdefault(found.group.label, []).append((size, error))
+        yield from _curves(f"{target}: data efficiency", "training frames", target, lines)
+
+
+def _sensitivity(groups: Sequence[Grouped], targets: Sequence[str]) -> Iterator[Picture]:
+    """Error against every hyperparameter that is a number, a line per all else."""
+    axes = dict.fromkeys(axis for found in groups for axis, _ in found.group.varied)
+    for axis in axes:
+        chosen = {dict(found.group.varied).get(axis) for found in groups} - {None}
+        if len(chosen) < 2 or not all(_is_number(value) for value in chosen):
+            continue
+        for target in targets:
+            lines: dict[str, list[tuple[float, Summary]]] = {}
+            for found in groups:
+                value = dict(found.group.varied).get(axis)
+                error = found.get(target, ERROR)
+                if value is not None and error is not None:
+                    label = _without(found.group, axis)
+                    lines.setdefault(label, []).append((float(value), error))
+            yield from _curves(f"{target}: sensitivity to {axis}", axis, target, lines)
+
+
+def _without(group: Group, axis: str) -> str:
+    rest = tuple(pair for pair in group.varied if pair[0] != axis)
+    frames = "" if group.size is None else f", {group.size} frames"
+    return Group(group.dataset, group.recipe, rest, None).label + frames
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return math.isfinite(float(text or ""))
+    except ValueError:
+        return False
+
+
+def _curves(
+    title: str, x: str, target: str, lines: dict[str, list[tuple[float, Summary]]]
+) -> Iterator[Picture]:
+    """Means joined, and the value of every seed as a point."""
+    drawn = []
+    for label, points in lines.items():
+        points = sorted(points, key=lambda point: point[0])
+        drawn.append(Line(label, [p for p, _ in points], [s.mean for _, s in points]))
+        x_of, y_of = zip(*((p, value) for p, s in points for value in s.values), strict=True)
+        drawn.append(Line(label, x_of, y_of, is_scatter=True))
+    if drawn:
+        is_log_x = all(min(line.x) > 0 for line in drawn)
+        yield Picture(title, x, f"force RMSE, {UNIT}", tuple(drawn), is_log_x, is_log_y=True)
+
+
+def _forgetting(
+    groups: Sequence[Grouped], targets: Sequence[str], bases: Sequence[str]
+) -> Iterator[Picture]:
+    """What was lost against what was gained, and who is beaten by nobody in both."""
+    for target in targets:
+        for base in bases:
+            points = {}
+            for found in groups:
+                gained, lost = found.get(target, ERROR), found.get(base, LOST)
+                if gained is not None and lost is not None:
+                    points[_name(found.group)] = (gained.mean, lost.mean)
+            if not points:
+                continue
+            best = pareto_front(points)
+            front = Line(
+                "Pareto front",
+                [points[name][0] for name in best],
+                [points[name][1] for name in best],
+                is_reference=True,
+            )
+            every = [Line(n, [x], [y], is_scatter=True) for n, (x, y) in points.items()]
+            yield Picture(
+                f"{target}: forgetting against accuracy",
+                f"force RMSE, {UNIT}",
+                f"{base}: force RMSE after / before",
+                (front, *every),
+                is_log_x=True,
+                is_log_y=True,
+            )
+
+
+def _name(group: Group) -> str:
+    return group.label + ("" if group.size is None else f", {group.size} frames")
