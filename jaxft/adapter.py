@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from jaxft import bundle, surgery, tree
 from jaxft.data import Keys
+from jaxft.document import loads
 from jaxft.fisherfile import UNREADABLE
 from jaxft.potential import Potential
 from jaxft.recipe import Entry, Setting, StrategyConfig
@@ -163,11 +164,11 @@ def digest_of(model: Potential, params: Params) -> str:
 def _document(path: Path) -> Mapping[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
-    document = json.loads(path.read_text())
-    given = document["format"], document["version"]
+    found = loads(path.read_text())
+    given = found["format"], found["version"]
     if given != (FORMAT, VERSION):
         raise ValueError(f"it says format {given[0]!r}, version {given[1]!r}")
-    return document
+    return found
 
 
 def _short(error: Exception) -> str:

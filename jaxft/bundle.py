@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxft import tree
+from jaxft.document import loads
 from jaxft.models.config import MACEConfig
 from jaxft.potential import E0_BUFFER, Potential
 from jaxft.typing import Params
@@ -178,7 +179,10 @@ def _read_document(path: Path) -> tuple[MACEConfig, dict[str, Any], list[str]]:
     if file.stat().st_size > MAX_JSON:
         raise BundleError(f"{file} has {file.stat().st_size} bytes; expected less than {MAX_JSON}.")
     try:
-        document = json.loads(file.read_text())
+        document = loads(file.read_text())
+    except ValueError as error:
+        raise BundleError(f"{file} is not JSON ({error}); the bundle is damaged.") from error
+    try:
         if document.get("format") != FORMAT or document.get("version") != VERSION:
             raise BundleError(
                 f"{file} says format {document.get('format')!r}, version "
@@ -188,8 +192,6 @@ def _read_document(path: Path) -> tuple[MACEConfig, dict[str, Any], list[str]]:
         if not isinstance(provenance, dict):
             raise BundleError(f"{file}: provenance is no mapping; the bundle was edited.")
         return config, provenance, [str(name) for name in document.get("nonfinite", [])]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{file} is not JSON ({error}); the bundle is damaged.") from error
     except (KeyError, AttributeError, TypeError, ValidationError) as error:
         raise BundleError(f"{file} does not describe a model: {error}") from error
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxft import tree
+from jaxft.document import loads
 from jaxft.strategies.ewc import Fisher
 
 FORMAT, VERSION = "jaxft-fisher", "1"
@@ -69,7 +70,7 @@ def load(path: str | Path) -> Fisher:
             given = header.get("format"), header.get("version")
             if given != (FORMAT, VERSION):
                 raise ValueError(f"it says format {given[0]!r}, version {given[1]!r}")
-            record = json.loads(header["record"])
+            record = loads(header["record"])
             parameters, provenance = record["parameters"], dict(record["provenance"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Fisher(tree.unflatten(arrays), parameters, provenance)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import zlib
 
@@ -298,6 +299,18 @@ def test_pickles_are_never_opened(tmp_path):
 def test_damaged_rows_are_refused_by_name(tmp_path, value, message):
     with pytest.raises(ValueError, match=rf"(?s)a\.lmdb.*{message}"):
         data.read(put(tmp_path / "a.lmdb", {b"1": value}))
+
+
+def test_a_deep_row_is_refused_whatever_a_library_did_to_the_recursion_limit(tmp_path):
+    path = put(tmp_path / "a.lmdb", {b"1": zlib.compress(b"[" * 10**6)})
+    code = (
+        "import sys; sys.setrecursionlimit(10**6); from jaxft import data\n"
+        f"try: data.read({str(path)!r})\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "row 1 is not JSON" in done.stdout
 
 
 def test_a_row_that_inflates_without_end_is_refused(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,8 @@ import ase
 import numpy as np
 from ase.calculators.calculator import all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
+
+from jaxft.document import loads
 
 HDF5 = frozenset({".h5", ".hdf5"})
 LMDB = frozenset({".lmdb", ".aselmdb", ".mdb"})
@@ -243,8 +244,8 @@ def _unpacked(value: bytes, what: str) -> dict[str, Any]:
             "remove it or write it again."
         )
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = loads(text)
+    except ValueError as error:
         raise ValueError(f"{what} is not JSON ({error}); write the file again.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{what} is {row!s:.40}; expected a structure, a dict.")

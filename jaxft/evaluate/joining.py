@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jaxft.document import loads
 from jaxft.evaluate.cost import COST
 from jaxft.evaluate.finding import Finding, from_dict
 
@@ -68,8 +68,8 @@ def read_findings(path: str | Path) -> list[Finding]:
       ValueError: the file is no such document.
     """
     try:
-        document = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        document = loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
     is_many = isinstance(document, dict) and isinstance(document.get("findings"), list)
     try:
