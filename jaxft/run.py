@@ -134,18 +134,34 @@ def _optimizer(
     config: Config, given: Inputs, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of a run and its learning rate; refuses what does not fit the recipe."""
-    chosen = config.optimizer
     steps = config.epochs * -(-given.train.num_batches // config.accumulate)
-    schedule = optimizer.schedule(
+    schedule = schedule_of(config, steps)
+    tx = transform_of(config, schedule)
+    init, _ = train.finetune(
+        objective(config, given.model), given.recipe, tx, accumulate=config.accumulate, mesh=mesh
+    )
+    init(jax.random.key(config.seed), given.params)
+    return tx, schedule
+
+
+def schedule_of(config: Config, updates: int) -> optax.Schedule:
+    """The learning rate that a config asks for, of a run of so many updates."""
+    chosen = config.optimizer
+    return optimizer.schedule(
         chosen.schedule,
         chosen.learning_rate,
-        steps=steps,
+        steps=updates,
         warmup=chosen.warmup,
         final=chosen.final,
     )
-    tx = optimizer.optimizer(
+
+
+def transform_of(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """The optimiser that a config asks for, at this rate."""
+    chosen = config.optimizer
+    return optimizer.optimizer(
         chosen.name,
-        schedule,
+        learning_rate,
         weight_decay=chosen.weight_decay,
         decay_towards=chosen.decay_towards,
         clip_norm=chosen.clip_norm,
@@ -155,11 +171,6 @@ def _optimizer(
         b2=chosen.b2,
         eps=chosen.eps,
     )
-    init, _ = train.finetune(
-        objective(config, given.model), given.recipe, tx, accumulate=config.accumulate, mesh=mesh
-    )
-    init(jax.random.key(config.seed), given.params)
-    return tx, schedule
 
 
 def _fit(

@@ -26,6 +26,7 @@ from jaxft.graph import Batch
 from jaxft.inputs import Inputs
 from jaxft.objective import objective
 from jaxft.progress import Moving
+from jaxft.run import schedule_of, transform_of
 from jaxft.strategies import Recipe, Strategy
 from jaxft.train import Frozen, Trainable, TrainState
 from jaxft.typing import Array, Params
@@ -166,15 +167,7 @@ def _rates(configs: Sequence[Config], updates: int) -> np.ndarray:
     steps = np.arange(configs[0].epochs * updates)
     found = []
     for config in configs:
-        chosen = config.optimizer
-        schedule = optimizer.schedule(
-            chosen.schedule,
-            chosen.learning_rate,
-            steps=len(steps),
-            warmup=chosen.warmup,
-            final=chosen.final,
-        )
-        rates = jax.vmap(schedule)(jnp.asarray(steps, jnp.int32))
+        rates = jax.vmap(schedule_of(config, len(steps)))(jnp.asarray(steps, jnp.int32))
         found.append(np.broadcast_to(np.asarray(rates), steps.shape))
     return np.stack(found)
 
@@ -194,24 +187,8 @@ def _factors(configs: Sequence[Config]) -> dict[str, np.ndarray]:
     }
 
 
-def _optimizer(config: Config, rate: Any) -> Any:
-    chosen = config.optimizer
-    return optimizer.optimizer(
-        chosen.name,
-        lambda count: rate,
-        weight_decay=chosen.weight_decay,
-        decay_towards=chosen.decay_towards,
-        clip_norm=chosen.clip_norm,
-        alternation=chosen.alternation,
-        period=max(config.period, 2),
-        b1=chosen.b1,
-        b2=chosen.b2,
-        eps=chosen.eps,
-    )
-
-
 def _begun(config: Config, given: Inputs, loss_fn: Any) -> Moving:
-    init, _ = train.finetune(loss_fn, given.recipe, _optimizer(config, 0.0))
+    init, _ = train.finetune(loss_fn, given.recipe, transform_of(config, lambda count: 0.0))
     state = init(jax.random.key(config.seed), given.params)
     return Moving(state, tree.copy(state.trainable), jnp.ones((), bool))
 
@@ -263,7 +240,7 @@ def _advance(config: Config, given: Inputs, loss_fn: Any, axes: Moving, *, is_sh
 
     def one(moving: Moving, batch: Batch, rate: Array, factors: dict[str, Array]) -> Any:
         recipe = tuple(_scaled(strategy, factors) for strategy in given.recipe)
-        _, step = train.finetune(loss_fn, recipe, _optimizer(config, rate))
+        _, step = train.finetune(loss_fn, recipe, transform_of(config, lambda count: rate))
         return advancing(step, config.ema_decay)(moving, batch)
 
     every = jax.vmap(one, in_axes=(axes, None if is_shared else 0, 0, 0), out_axes=(axes, 0))
