@@ -22,7 +22,7 @@ from jaxft.evaluate.candidate import AseCandidate, JaxCandidate
 from jaxft.evaluate.layout import fitted
 from jaxft.evaluate.md import GROUPS, UNITS, tables
 from jaxft.evaluate.md import md as evaluate_md
-from jaxft.evaluate.mdruns import Plan
+from jaxft.evaluate.mdruns import Plan, names_of
 
 MODEL = LennardJones()
 PARAMS = jax.tree.map(jnp.asarray, ARGON)
@@ -190,6 +190,13 @@ def test_a_reference_trajectory_replaces_the_first_model(ours):
 def test_impossible_plans_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Plan(**change)
+
+
+def test_structures_that_cannot_be_told_apart_are_refused():
+    cells = [ase.Atoms("Ar", info={"name": name}) for name in ("a", "a", "a #1")]
+    assert names_of(cells[:2]) == ["a #1", "a #2"]
+    with pytest.raises(ValueError, match="rename them"):
+        names_of(cells)
 
 
 def test_npt_of_a_molecule_and_a_foreign_element_are_refused(ours):

@@ -12,6 +12,7 @@ import ase.io
 import jax
 import numpy as np
 import pytest
+import typer
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
@@ -470,6 +471,22 @@ def test_frames_above_the_limit_are_left_out_and_counted():
     assert bare.rows[0].values["slope"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="none of 3 frames"):
         softening.check([candidate("a")], frames, max_force=1e-9)
+
+
+def test_a_result_without_any_number_ends_with_1(capsys):
+    lost, found = Row("a", "x", {}, "no label"), Row("a", "y", {"n": 1.0})
+    show(Finding("toy", (lost, found), {"n": ""}), as_json=True, save=None, report=None)
+    with pytest.raises(typer.Exit) as ended:
+        show(Finding("toy", (lost,), {"n": ""}), as_json=True, save=None, report=None)
+    assert ended.value.exit_code == 1
+    assert "no label" in capsys.readouterr().out
+
+
+def test_a_headline_may_leave_out_what_is_flagged():
+    rows = Row("a", "x", {"rmsd": 0.0}, "not converged"), Row("a", "y", {"rmsd": 0.3})
+    finding = Finding("relax", rows, {"rmsd": ""})
+    assert Headline("rmsd", flagged=False).of(finding, "a") == 0.3
+    assert Headline("rmsd").of(finding, "a") == pytest.approx(0.15)
 
 
 def test_finite_numbers_beyond_all_bounds_are_an_explosion():
