@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 import jaxft
 from jaxft import surgery
 from jaxft.cli import app
+from jaxft.cli.candidates import show
 from jaxft.data import from_atoms
 from jaxft.evaluate import accuracy, forget, softening
+from jaxft.evaluate.bindings import Headline
 from jaxft.evaluate.candidate import NOT_FINITE, AseCandidate, Flag, JaxCandidate, check_names
 from jaxft.evaluate.drawing import _in_scale, picture_svg
 from jaxft.evaluate.finding import Finding, Line, Picture, Row, from_dict, scatter, shown_value
