@@ -20,6 +20,8 @@ WIDTH, HEIGHT = 5.2, 3.6
 EXPLODED, USUAL = 1e6, 1e3
 """What is so many times larger than usual, on a diagonal than any reference, is not drawn."""
 BEYOND = " (partly beyond the picture)"
+CROWDED, BESIDE = 5, 2.2
+"""Names beyond which the legend stands beside the picture, and the inches that it takes there."""
 FEW = 3
 """Points that are drawn large."""
 
@@ -44,10 +46,11 @@ def _finite(line: Line) -> bool:
 
 
 def _figure(picture: Picture) -> Any:
-    figure = new_figure(WIDTH, HEIGHT)
-    axes = figure.subplots()
     picture = _in_scale(picture)
     names = list(dict.fromkeys(line.label for line in picture.lines if not line.is_reference))
+    is_crowded = len(names) > CROWDED
+    figure = new_figure(WIDTH + (BESIDE if is_crowded else 0), HEIGHT)
+    axes = figure.subplots()
     for line in picture.lines:
         axes.plot(np.asarray(line.x), np.asarray(line.y), **_look(line, names))
     if picture.diagonal:
@@ -74,6 +77,7 @@ def _figure(picture: Picture) -> Any:
             list(reversed(first)),
             fontsize=7.5,
             frameon=False,
+            **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_crowded else {}),
         )
     return figure
 
