@@ -22,6 +22,8 @@ EXPLODED, USUAL = 1e6, 1e3
 BEYOND = " (partly beyond the picture)"
 CROWDED, BESIDE = 5, 2.2
 """Names beyond which the legend stands beside the picture, and the inches that it takes there."""
+PLAIN = (0.9, 1e4)
+"""A logarithmic axis between these has numbers without powers."""
 FEW = 3
 """Points that are drawn large."""
 
@@ -58,8 +60,10 @@ def _figure(picture: Picture) -> Any:
         axes.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
     if picture.is_log_x:
         axes.set_xscale("log")
+        _plain(axes.xaxis)
     if picture.is_log_y:
         axes.set_yscale("log")
+        _plain(axes.yaxis)
     if picture.ticks:
         axes.set_xticks(list(picture.ticks.values()), [literal(name) for name in picture.ticks])
         for place in picture.ticks.values():
@@ -80,6 +84,16 @@ def _figure(picture: Picture) -> Any:
             **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_crowded else {}),
         )
     return figure
+
+
+def _plain(axis: Any) -> None:
+    """200 in place of 2 x 10², where numbers are neither small nor large."""
+    from matplotlib.ticker import LogFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    if low > PLAIN[0] and high < PLAIN[1]:
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter())
 
 
 def _in_scale(picture: Picture) -> Picture:
