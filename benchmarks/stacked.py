@@ -31,6 +31,7 @@ from jaxft import config as configs
 from jaxft import data, inputs, train
 from jaxft.fit import advancing
 from jaxft.objective import objective
+from jaxft.run import transform_of
 from jaxft.study import stacked
 
 HERE = Path(__file__).parent
@@ -68,14 +69,17 @@ def measure(name: str, recipe: list, members: int, rounds: int, base: Path) -> d
     given = inputs.read(first, Console(quiet=True))
     loss_fn = objective(first, given.model)
     batch = next(iter(data.epoch(given.train.dataset, 4, dtype=first.compute_dtype)))
-    begun = [stacked._begun(config, given, loss_fn) for config in settings]
+    begun = [
+        jax.tree.map(jnp.array, stacked._begun(config, given, loss_fn)) for config in settings
+    ]  # copies: each donates its own
+    start = [jax.device_get(moving.state.trainable) for moving in begun]
     axes = stacked._axes([moving.state.frozen for moving in begun])
-    joined = stacked._joined(begun, axes)
+    joined = jax.tree.map(jnp.array, stacked._joined(begun, axes))
     together = stacked._advance(first, given, loss_fn, axes, is_shared=True)
     rates = jnp.asarray([config.optimizer.learning_rate for config in settings])
 
     def alone(moving: Any, batch: Any, rate: Any) -> Any:
-        _, step = train.finetune(loss_fn, given.recipe, stacked._optimizer(first, rate))
+        _, step = train.finetune(loss_fn, given.recipe, transform_of(first, lambda count: rate))
         return advancing(step, first.ema_decay)(moving, batch)
 
     one = jax.jit(alone, donate_argnums=0)
@@ -97,7 +101,6 @@ def measure(name: str, recipe: list, members: int, rounds: int, base: Path) -> d
     for _ in range(rounds):
         for side in (True, False):
             seconds[side].append(turn(side) / UPDATES)
-    start = [stacked._begun(config, given, loss_fn) for config in settings]
     members_of = [stacked._member(joined, axes, k) for k in range(members)]
     medians = {side: statistics.median(found) for side, found in seconds.items()}
     return {
@@ -112,7 +115,7 @@ def measure(name: str, recipe: list, members: int, rounds: int, base: Path) -> d
 
 def difference(start: Any, together: Any, alone: Any) -> float:
     """Norm of the difference of two trained states over the norm of how far the second moved."""
-    states = [jax.device_get(moving.state.trainable) for moving in (start, together, alone)]
+    states = [start, *(jax.device_get(moving.state.trainable) for moving in (together, alone))]
     first, one, other = (
         np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state)]) for state in states
     )

@@ -19,14 +19,17 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from test_cli import run as command
 from test_cli import write_frames
 
 import jaxft
-from jaxft import data, surgery
+from jaxft import data, fisherfile, surgery
+from jaxft.strategies.ewc import digest
 from jaxft.study import cell as cells
 from jaxft.study import collect, figures, lock, page, results, tables, work
 from jaxft.study.config import StudyConfig, load
+from jaxft.study.made import ensure
 from jaxft.study.plan import plan, updates_per_epoch
 from jaxft.study.results import Quantity, Result
 
@@ -518,33 +521,32 @@ def test_what_is_made_is_known_before_it_exists(folder: Path, tmp_path: Path) ->
         )
 
 
-def test_what_cells_need_is_made_once(folder: Path, tmp_path: Path, small) -> None:
-    """Two strengths share a Fisher, which restrains; random parameters begin far from the base."""
+def test_what_cells_need_is_made_once(folder: Path, tmp_path: Path) -> None:
+    """Strengths share a Fisher; a cell from scratch begins at its own random parameters."""
     options = with_fishers(folder, probes=1, n=1)
-    options["recipes"]["ewc"]["vary"] = {"recipe.0.strength": [1e-9, 1e9]}
-    found = planned(folder, tmp_path, **options, set=[*COMMON, "loss.error=mse"])
+    readouts = {"strategy": "freeze", "level": 6}  # little to compile
+    options["recipes"]["scratch"]["recipe"] = [readouts]
+    options["recipes"]["ewc"] = {"recipe": [readouts, *options["recipes"]["ewc"]["recipe"]]}
+    options["recipes"]["ewc"]["vary"] = {"recipe.1.strength": [1, 2]}
+    ewc, other, random = planned(folder, tmp_path, **options, set=[*COMMON, "loss.error=mse"])
     lines: list[str] = []
-    work.work(found[:1], lines.append)
-    made = found[0].needs[0].path
+    work.work([ewc, random], lines.append)
+    assert [": done in" in line for line in lines] == [True] * 2, lines
+    made = ewc.needs[0].path
     first = made.stat().st_mtime_ns
-    work.work(found, lines.append)
-    assert [": done in" in line for line in lines] == [True] * 3, lines
+    ensure(other.needs, Console(quiet=True))
+    assert other.needs[0].path == made
     assert made.stat().st_mtime_ns == first
-    ended = {cell.varied.get("recipe.0.strength", "scratch"): cell for cell in found}
+    found = fisherfile.load(made)
     start = jaxft.load(folder / "base.jaxft")[1]
-    moved = {
-        name: distance(start, jaxft.load(cell.config.output / "model.jaxft")[1])
-        for name, cell in ended.items()
-    }
-    assert 0 < moved["1e+09"] < 0.9 * moved["1e-09"] < moved["scratch"]
-    model, params = jaxft.load(ended["scratch"].config.model)
-    forces = np.concatenate(
-        [f.forces.ravel() for f in data.read(folder / "frames.xyz") if f.forces is not None]
-    )
+    assert found.provenance["frames"] == 1
+    assert found.parameters == digest(start)
+    model, params = jaxft.load(random.config.model)
+    forces = np.concatenate([f.forces.ravel() for f in data.read(folder / "frames.xyz")])
     assert model.constants.scale == pytest.approx(np.sqrt(np.mean(forces**2)), rel=1e-5)
-    assert distance(start, params) > 0
-    sets = {q.set for q in results.read(ended["scratch"].folder).quantities}
-    assert sets == {"", "target"}
+    tuned = jaxft.load(random.config.output / "model.jaxft")[1]
+    assert 0 < distance(params, tuned) < 0.1 * distance(start, tuned)
+    assert {q.set for q in results.read(random.folder).quantities} == {"", "target"}
 
 
 def distance(a: dict, b: dict) -> float:
