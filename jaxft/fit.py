@@ -22,6 +22,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.compilation import Ahead
 from jaxft.data import Dataset, Mixture, Spread
 from jaxft.display import Display
+from jaxft.effort import effort
 from jaxft.graph import Batch
 from jaxft.logs import Csv, JsonLines, Logger, Logs
 from jaxft.optimizer import Plateau
@@ -200,6 +201,8 @@ def fit(
     files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
     logs = Logs([*files, *([logger] if logger else [])] if parallel.is_first() else [])
     logs.start(list(run.progress.history))
+    chosen = effort(settings.epochs * float(mixture.dataset.edges.sum()))
+    display.say(f"compiles {chosen}")
     # one thread: it shares the cores with what the loop itself compiles and computes
     pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
     validate = validator(
@@ -211,10 +214,14 @@ def fit(
         dtype=settings.dtype,
         mesh=mesh,
         pool=pool,
+        options=chosen.options,
         report=_reporter(display, "validation"),
     )
     advance = Ahead(
-        _advance(step, settings, mesh), pool=pool, report=_reporter(display, "an update")
+        _advance(step, settings, mesh),
+        pool=pool,
+        options=chosen.options,
+        report=_reporter(display, "an update"),
     )
     loop = _Loop(recipe, settings, spread, mesh, advance, validate, checkpoints, stop, until)
     try:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -84,6 +85,7 @@ def validator(
     dtype: str,
     mesh: Mesh,
     pool: Executor | None = None,
+    options: Mapping[str, Any] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Validator:
     """A function ``params -> {<set>/<metric>: value}``.
@@ -100,7 +102,7 @@ def validator(
       batch_size: frames per batch.
       dtype: of the batches.
       mesh: the devices that share every batch.
-      pool, report: as in :class:`jaxft.compilation.Ahead`.
+      pool, options, report: as in :class:`jaxft.compilation.Ahead`.
     """
     here = parallel.mine(mesh)
     spreads = {
@@ -121,5 +123,6 @@ def validator(
         wanted = (*weights, *SQUARES.values())
         return parallel.total({name: means[name] for name in wanted}), totals
 
-    programs = Ahead(parallel.per_device(mesh, measured), pool=pool, report=report)
+    jitted = parallel.per_device(mesh, measured)
+    programs = Ahead(jitted, pool=pool, options=options, report=report)
     return Validator(spreads, mesh, programs, weights)

@@ -15,7 +15,7 @@ import jaxft
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    0: ["tree", "typing", "version", "compilation", "document", "hugepages", "postponed"],
+    0: ["tree", "typing", "version", "compilation", "document", "effort", "hugepages", "postponed"],
     1: ["graph", "source", "parallel"],
     2: ["models", "data", "strategies"],
     3: ["potential", "loss", "fisher", "fisherfile", "calibration", "surgery", "testing"],

@@ -6,9 +6,11 @@ Isolated-atom energies are added here, on the host and in float64.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ase
 import ase.io
@@ -20,6 +22,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from jaxft.bundle import refuse_existing, require_dtype
 from jaxft.data import Dataset, Frame, Shape, pack, prepare, read_atoms, unlabelled
+from jaxft.effort import effort
 from jaxft.evaluate.batches import plan_batches
 from jaxft.graph import Graph, edges_per_block, in_blocks
 from jaxft.potential import E0_BUFFER, Potential, Prediction, predict
@@ -82,16 +85,24 @@ class _Alike:
         return isinstance(other, _Alike) and self._key == other._key
 
 
-# One jit for everything that predicts: predictions before and after training, of several files or
-# by several calculators, share the compiled programs of a potential.
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(alike: _Alike, params: Params, graph: Graph) -> Prediction:
+def _prediction(alike: _Alike, params: Params, graph: Graph) -> Prediction:
     return predict(alike.model, params, graph)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _node_energies(alike: _Alike, params: Params, graph: Graph) -> Array:
     return alike.model.node_energies(params, graph)
+
+
+# One jit for everything that predicts: predictions before and after training, of several files or
+# by several calculators, share the compiled programs of a potential.
+_predict = jax.jit(_prediction, static_argnums=0)
+_predict_energies = jax.jit(_node_energies, static_argnums=0)
+
+
+@functools.cache
+def _quickly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for calls that see few edges in all."""
+    return jax.jit(function, static_argnums=0, compiler_options=dict(effort(0).options))
 
 
 def predict_batch(
@@ -103,6 +114,7 @@ def predict_batch(
     *,
     num_elements: int | None = None,
     blocks: int = 1,
+    edges: float = math.inf,
 ) -> list[FrameResult]:
     """Results of the frames at the positions ``chosen`` of ``dataset``, as one batch.
 
@@ -116,10 +128,12 @@ def predict_batch(
       shape: that the frames fit into.
       num_elements: pad the batch's elements to so many; by default they are not padded.
       blocks: evaluate it in so many parts, see :func:`jaxft.graph.in_blocks`.
+      edges: in all calls with this program, for :func:`jaxft.effort.effort`; unknown by default.
     """
     dtype = jax.tree.leaves(params)[0].dtype.name
     graph = packed_graph(dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks)
-    prediction = jax.device_get(_predict(_Alike(model), params, graph))
+    program = _quickly(_prediction) if effort(edges).options else _predict
+    prediction = jax.device_get(program(_Alike(model), params, graph))
     return frame_results(model.e0s, dataset, chosen, prediction)
 
 
@@ -186,9 +200,11 @@ def predict_energies(
         return found
     dataset = prepare(frames, model, head=head)
     shape, batches, blocks = plan_batches(dataset, batch_size, edges_per_block(None))
+    few = effort(dataset.edges.sum()).options
+    program = _quickly(_node_energies) if few else _predict_energies
     for chosen in batches:
         graph = packed_graph(dataset, chosen, shape, dtype, blocks=blocks)
-        energies = np.asarray(_node_energies(_Alike(model), params, graph), np.float64)
+        energies = np.asarray(program(_Alike(model), params, graph), np.float64)
         places = _places(model.e0s, dataset, chosen)
         for index, (atoms, own) in zip(chosen, places, strict=True):
             found[index] = (energies[atoms] + own).sum()
@@ -241,8 +257,10 @@ def predict_frames(
     shape, batches, blocks = plan_batches(dataset, batch_size, limit)
     if room is not None and blocks == 1:
         shape = room.hold(dataset, shape)
+    # with room there are further calls, nobody knows how many
+    edges = dataset.edges.sum() if room is None else math.inf
     for chosen in batches:
-        found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks)
+        found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks, edges=edges)
         results.update(zip(chosen, found, strict=True))
         if progress is not None:
             progress(len(results), len(frames))
