@@ -130,6 +130,7 @@ def read(config: Config, console: Console) -> Inputs:
         sources=sources,
         size=config.batch_size,
         cache=config.cache,
+        probes=config.loss.probes,
     )
     for line in mixture.describe():
         console.print(line, highlight=False)
@@ -140,7 +141,7 @@ def read(config: Config, console: Console) -> Inputs:
         model=model,
         recipe=strategies,
         train=mixture,
-        valid=data.prepare(fitted[1], model, head=config.head, cache=config.cache),
+        valid=_prepared(config, fitted[1], model, config.head),
         watch=_watched(config, setting, watched),
         tests=tests,
         preflight=check,
@@ -182,6 +183,8 @@ def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]
     wanted, names = config.loss.labels, keys(config)
     judged_by = [] if config.metric.rpartition("/")[2] == "loss" else [config.metric]
     data.require_labels(train, wanted, keys=names)
+    # second derivatives are dear: frames to judge by energies and forces may do without
+    wanted = [name for name in wanted if name != "hessian"] or wanted
     data.require_labels(valid, wanted + [name for name in judged_by if "/" not in name], keys=names)
 
 
@@ -249,8 +252,15 @@ def _watched(
         if entry.strategy == "pseudolabel_replay":
             frames = pseudolabel(setting.model, setting.params, frames, head=head)
         if any(data.has_label(f, name) for f in frames for name in ("energy", "forces")):
-            found[entry.name] = data.prepare(frames, setting.model, head=head, cache=config.cache)
+            found[entry.name] = _prepared(config, frames, setting.model, head)
     return found
+
+
+def _prepared(
+    config: Config, frames: Sequence[Frame], model: Potential, head: str | None
+) -> Dataset:
+    """What is judged: with what the loss reads."""
+    return data.prepare(frames, model, head=head, cache=config.cache, probes=config.loss.probes)
 
 
 def _preflight(config: Config, begin: Start, train: Sequence[Frame]) -> Preflight | None:
