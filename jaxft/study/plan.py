@@ -16,8 +16,17 @@ from jaxft import bundle, data, presets
 from jaxft import config as configs
 from jaxft.config import Config, ConfigError
 from jaxft.data.shares import Slots
-from jaxft.study.config import Axis, Common, DatasetConfig, RecipeConfig, StudyConfig, Words
+from jaxft.study.config import (
+    Axis,
+    Common,
+    DatasetConfig,
+    PhononsConfig,
+    RecipeConfig,
+    StudyConfig,
+    Words,
+)
 from jaxft.study.identity import identity
+from jaxft.study.phonons import with_phonons
 
 CELLS, RUN = "cells", "run"
 ENDLESS = 1_000_000
@@ -52,6 +61,8 @@ class Cell:
     id: str
     base_tests: tuple[str, ...] = ()
     """Of the test sets those of the base model's level of theory."""
+    phonons: Mapping[str, PhononsConfig] = field(default_factory=dict)
+    """What it is judged by beside its config."""
 
     @property
     def folder(self) -> Path:
@@ -159,7 +170,8 @@ def cell(
     known = identity(config)
     output = study.output / CELLS / known / RUN
     config = config.model_copy(update={"output": output})
-    return Cell(dataset, name, seed, frames, varied, config, known, base_tests)
+    found = Cell(dataset, name, seed, frames, varied, config, known, base_tests)
+    return with_phonons(found, target.phonons)
 
 
 def _document(
