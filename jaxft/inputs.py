@@ -182,7 +182,8 @@ def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
 def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]) -> None:
     wanted, names = config.loss.labels, keys(config)
     judged_by = [] if config.metric.rpartition("/")[2] == "loss" else [config.metric]
-    data.require_labels(train, wanted, keys=names)
+    if not config.loss.hessian:
+        data.require_labels(train, wanted, keys=names)
     # second derivatives are dear: frames to judge by energies and forces may do without
     wanted = [name for name in wanted if name != "hessian"] or wanted
     data.require_labels(valid, wanted + [name for name in judged_by if "/" not in name], keys=names)
@@ -213,6 +214,9 @@ def _own_head(config: Config, model: Potential) -> str:
 def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None:
     """Heads, elements, labels and levels of theory of what strategies bring."""
     own, wanted = _own_head(config, setting.model), config.loss.labels
+    if config.loss.hessian:  # frames with second derivatives often have nothing else, and are few
+        brought = [f for source in base.sources(strategies) for f in source.frames]
+        data.require_labels([*setting.train, *brought], wanted, keys=setting.keys)
     for source in base.sources(strategies):
         setting.model.head_index(source.head or own)
         data.check_elements(source.frames, setting.model.atomic_numbers)
@@ -220,7 +224,8 @@ def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None
             continue
         if not any(data.has_label(f, w) for f in source.frames for w in wanted):
             data.require_labels(source.frames, wanted, keys=setting.keys)
-        if config.e0s != "foundation" and (source.head or own) == own:
+        has_energies = any(data.has_label(frame, "energy") for frame in source.frames)
+        if has_energies and config.e0s != "foundation" and (source.head or own) == own:
             raise ValueError(
                 f"{source.name!r} replays labels on head {own!r}, whose isolated-atom energies are "
                 f"to be changed (e0s: {config.e0s}), so they would be of two levels of theory;\n"

@@ -15,6 +15,7 @@ from jaxft.data.curvatures import Curvatures, arrays_of, columns, curvatures_of
 from jaxft.evaluate.hessian import force_constants
 from jaxft.graph import with_shared_totals
 from jaxft.potential import hvp, predict, predict_along
+from jaxft.source import Source
 
 EXACT = 1e-11
 """Relative, of float64 sums in another order; entries of the Hessian are up to 100 eV/Å²."""
@@ -301,3 +302,26 @@ def test_files_keep_the_labels(tmp_path, crystals):
 def test_labels_that_cannot_be_are_refused(displacements, products, message):
     with pytest.raises(ValueError, match=message):
         curvatures_of(displacements, products, 2, KEYS, "frame 7")
+
+
+def test_a_run_that_goes_on_draws_what_it_would_have_drawn(crystals, small, few_shapes):
+    """Of epochs with co-training: batches follow from (seed, epoch, place) alone, on any number of
+    devices; those of the source carry no labels."""
+    frames = [*crystals[:2], crystals[0], crystals[1]]
+    source = Source("upstream", crystals[2:], schedule="alternate", steps=2, batch_size=1)
+    mixture = data.mixture(frames, small[0], size=2, sources=[source], probes="column")
+    whole = list(data.Spread(mixture, seed=5, dtype="float64").epoch(3))
+    rest = list(data.Spread(mixture, seed=5, dtype="float64").epoch(3, start=3))
+    assert len(whole) == 6
+    for a, b in zip(whole[3:], rest, strict=True):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
+    weights = [float(batch.curvature.weight.sum()) for batch in whole]
+    assert [w > 0 for w in weights] == [True, False, False] * 2
+    other = next(data.Spread(mixture, seed=5, dtype="float64").epoch(4)).curvature
+    assert not np.array_equal(other.probe, whole[0].curvature.probe)
+    two = next(data.Spread(mixture, seed=5, dtype="float64", parts=2).epoch(3)).curvature
+    products = [p[w > 0] for p, w in zip(two.product, two.weight, strict=True)]
+    whole_product = whole[0].curvature.product[0][whole[0].curvature.weight[0] > 0]
+    rows = [np.sort(np.round(x, 9), axis=0) for x in (np.concatenate(products), whole_product)]
+    np.testing.assert_array_equal(*rows)
