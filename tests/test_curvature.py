@@ -59,6 +59,11 @@ def product(small):
 
 
 @pytest.fixture(scope="module")
+def prediction(small):
+    return jax.jit(partial(predict, small[0]))
+
+
+@pytest.fixture(scope="module")
 def value(small):
     """``(params, batch) -> loss, info`` of the Hessian alone, in absolute values."""
     return jax.jit(loss.weighted(small[0], energy=0, forces=0, hessian=2.0, error="mae"))
@@ -83,13 +88,11 @@ def moved(batch, step):
     return graph._replace(vectors=graph.vectors + change)
 
 
-def test_it_is_minus_the_change_of_the_forces(small, packed, product):
-    model, params = small
+def test_it_is_minus_the_change_of_the_forces(small, packed, product, prediction):
+    _, params = small
     (v,) = directions(packed, 1)
     step = 1e-4
-    forces = [
-        jax.jit(partial(predict, model))(params, moved(packed, s * v)).forces for s in (step, -step)
-    ]
+    forces = [prediction(params, moved(packed, s * v)).forces for s in (step, -step)]
     expected = -(forces[0] - forces[1]) / (2 * step)
     found = product(params, packed.graph, v)
     assert abs(expected).max() > 1
@@ -104,11 +107,11 @@ def test_it_is_symmetric_and_blind_to_translations(small, packed, product):
     np.testing.assert_allclose(product(small[1], packed.graph, common), 0, atol=1e-10)
 
 
-def test_the_prediction_that_comes_along_is_the_prediction(small, packed, product):
+def test_the_prediction_that_comes_along_is_the_prediction(small, packed, product, prediction):
     model, params = small
     (v,) = directions(packed, 1)
     predicted, along = jax.jit(partial(predict_along, model))(params, packed.graph, v)
-    alone = jax.jit(partial(predict, model))(params, packed.graph)
+    alone = prediction(params, packed.graph)
     for a, b in zip(predicted, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=EXACT, atol=EXACT)
     np.testing.assert_allclose(along, product(params, packed.graph, v), rtol=EXACT, atol=EXACT)
@@ -123,12 +126,10 @@ def test_graphs_do_not_feel_one_anothers_displacements(small, packed, product):
     assert not np.any(np.asarray(one)[~of_one])
 
 
-def test_the_mean_of_all_columns_is_the_error_of_the_whole_hessian(value, small, crystals):
+def test_the_mean_of_all_columns_is_the_error_of_the_whole_hessian(value, small, crystals, dataset):
     """Of one cell: mean absolute error over its (3 n)² numbers."""
     model, params = small
-    cell = crystals[0]
-    prepared = data.prepare([cell], model, probes="column")
-    batch = data.pack(prepared, [0], SHAPE, "float64")
+    cell, batch = crystals[0], data.pack(dataset, [0], SHAPE, "float64")
     given, n = cell.hessian, len(cell)
     found = []
     for u, h in zip(given.displacements, given.products, strict=True):
@@ -229,42 +230,34 @@ def test_micro_batches_share_their_totals(value, small, dataset, packed):
     assert found == pytest.approx(float(value(params, packed)[0]), rel=EXACT)
 
 
-def test_weight_two_is_the_frame_twice(value, small, crystals):
+def test_weight_two_is_the_frame_twice(value, small, crystals, dataset):
+    """With one column as its label, so that there is nothing to draw."""
     model, params = small
-    heavy = [replace(crystals[0], hessian_weight=2.0), crystals[1]]
-    twice = [crystals[0], crystals[0], crystals[1]]
+    one, other = (
+        replace(frame, hessian=Curvatures(*(array[:1] for array in frame.hessian)))
+        for frame in crystals[:2]
+    )
     found = []
-    for frames in (heavy, twice):
-        batch = data.pack(
-            data.prepare(frames, model, probes="column"), range(len(frames)), SHAPE, "float64"
+    for frames in ([replace(one, hessian_weight=2.0), other], [one, one, other]):
+        prepared = data.prepare(
+            [*frames, crystals[2]], model, probes="column", row_width=dataset.row_width
         )
-        curvature = batch.curvature
-        # the same column in both: draws follow positions
-        unit = np.zeros_like(curvature.probe)
-        unit[[0, 2, 4] if len(frames) == 3 else [0, 2], 0] = 1.0
-        label = np.zeros_like(unit)
-        start = 0
-        for frame in frames:
-            label[start : start + len(frame)] = frame.hessian.products[0]
-            start += len(frame)
-        curvature = curvature._replace(probe=unit, product=label)
-        found.append(float(value(params, batch._replace(curvature=curvature))[0]))
+        batch = data.pack(prepared, range(len(frames)), SHAPE, "float64")
+        found.append(float(value(params, batch)[0]))
     assert found[0] == pytest.approx(found[1], rel=EXACT)
 
 
 def test_weight_zero_is_the_ordinary_program(small, packed):
-    """Labels that nobody asks for change no bit, and nothing more is compiled."""
+    """Labels that nobody asks for change no word of what is compiled."""
     model, params = small
-    ordinary = jax.value_and_grad(loss.weighted(model, energy=1, forces=1), has_aux=True)
-    bare = packed._replace(curvature=None)
-    (one, info), slope = jax.jit(ordinary)(params, bare)
-    (other, _), same = jax.jit(ordinary)(params, packed)
-    assert float(one) == float(other)
-    assert all(map(np.array_equal, jax.tree.leaves(slope), jax.tree.leaves(same)))
-    assert "hessian" not in info
-    curved = loss.weighted(model, energy=1, forces=1, hessian=1.0)
-    texts = [str(jax.make_jaxpr(f)(params, packed)) for f in (ordinary, curved)]
-    assert ["cond[" in text for text in texts] == [False, True]
+
+    def text(batch, **lambdas):
+        loss_fn = loss.weighted(model, energy=1, forces=1, **lambdas)
+        return jax.jit(jax.grad(loss_fn, has_aux=True)).lower(params, batch).as_text()
+
+    ordinary = text(packed._replace(curvature=None))
+    assert text(packed) == text(packed, hessian=0.0) == ordinary
+    assert text(packed, hessian=1.0) != ordinary
 
 
 def test_batches_carry_displacements_only_if_asked(crystals, small):

@@ -56,6 +56,7 @@ def labelled(
         constants = constants if len(constants) == len(chosen) else constants[chosen]
     if not np.isfinite(constants).all():
         raise ValueError(f"force constants of {crystal.name} are not finite.")
+    atoms.arrays.pop("masses", None)
     atoms.arrays |= arrays_of(columns(constants, chosen), (keys.probe, keys.hessian))
     if is_at_rest:
         atoms.arrays[keys.forces] = np.zeros((len(atoms), 3))
