@@ -149,7 +149,8 @@ class WandbConfig(Strict):
     mode: Literal["online", "offline"] = "online"
 
 
-def _known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
+def known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
+    """The value, if the keys of a mapping are chemical symbols; raises ValueError if not."""
     if isinstance(value, dict):
         unknown = [symbol for symbol in value if symbol not in atomic_numbers]
         if unknown:
@@ -181,7 +182,7 @@ class Config(Strict):
     """Weights of training frames by their config_type."""
     e0s: Annotated[
         Literal["foundation", "isolated_atoms", "estimated", "average"] | dict[str, float],
-        AfterValidator(_known_symbols),
+        AfterValidator(known_symbols),
     ]
     """Isolated-atom energies of the training data's level of theory: the model's own
     (``foundation``), those of IsolatedAtom frames in ``train``, the model's corrected by its errors

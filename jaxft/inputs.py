@@ -88,7 +88,7 @@ def recipe(config: Config) -> tuple[Recipe, Params]:
     begin = start(config)
     frames: list[Frame] = []
     if any(isinstance(entry, Replay) and entry.select is not None for entry in config.recipe):
-        frames = _labelled_frames(config)[0]
+        frames = labelled_frames(config)[0]
     return configs.strategies(config, _setting(config, begin, begin.base, frames)), begin.params
 
 
@@ -100,7 +100,7 @@ def read(config: Config, console: Console) -> Inputs:
     """
     begin = computing(config, start(config))
     names = keys(config)
-    train, valid = _labelled_frames(config)
+    train, valid = labelled_frames(config)
     tests = {
         name: data.without_isolated_atoms(data.read(entry.files, keys=names))
         for name, entry in config.test.items()
@@ -167,7 +167,8 @@ def _setting(config: Config, begin: Start, model: Potential, frames: Sequence[Fr
     return Setting(model, begin.params, keys(config), config.head, frames, config.seed)
 
 
-def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
+def labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
+    """Training and validation frames of a config, isolated atoms among them."""
     names = keys(config)
     train = data.weigh(data.read(config.train, keys=names), config_types=config.config_types)
     if isinstance(config.valid, float):
