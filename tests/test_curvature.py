@@ -301,7 +301,9 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(crystals, small, few_
     """Of epochs with co-training: batches follow from (seed, epoch, place) alone, on any number of
     devices; those of the source carry no labels."""
     frames = [*crystals[:2], crystals[0], crystals[1]]
-    source = Source("upstream", crystals[2:], schedule="alternate", steps=2, batch_size=1)
+    source = Source(
+        name="upstream", frames=crystals[2:], schedule="alternate", steps=2, batch_size=1
+    )
     mixture = data.mixture(frames, small[0], size=2, sources=[source], probes="column")
     whole = list(data.Spread(mixture, seed=5, dtype="float64").epoch(3))
     rest = list(data.Spread(mixture, seed=5, dtype="float64").epoch(3, start=3))

@@ -143,7 +143,11 @@ def test_a_damaged_adapter_is_named_and_runs_nothing(damage: str, tmp_path: Path
         adapter.load(path)
 
 
-@pytest.mark.parametrize("name", [n for n in presets.names() if n != "quickstart"])
+SLOW = {"quickstart", "phonon-hessian"}
+"""The second compiles third derivatives for half a minute; its loss is tests/test_curvature.py's."""
+
+
+@pytest.mark.parametrize("name", [n for n in presets.names() if n not in SLOW])
 def test_preset_runs(name: str, folder: Path, fisher, sparse_model, tmp_path: Path) -> None:
     settings = load(name, folder, tmp_path / "run")
     result = run.finetune(settings)
