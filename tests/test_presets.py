@@ -144,7 +144,7 @@ def test_a_damaged_adapter_is_named_and_runs_nothing(damage: str, tmp_path: Path
 
 
 SLOW = {"quickstart", "phonon-hessian"}
-"""The second compiles third derivatives for half a minute; its loss is tests/test_curvature.py's."""
+"""The second compiles third derivatives for half a minute; tests/test_curvature.py has its loss."""
 
 
 @pytest.mark.parametrize("name", [n for n in presets.names() if n not in SLOW])
