@@ -158,7 +158,7 @@ def _predicted(
             "the Hessian has weight in the loss, but the batches carry no displacements;\n"
             "prepare their frames with probes='column' or 'gaussian'."
         )
-    # second derivatives double the price: frames of co-training, say, have no such labels
+    # second derivatives are dear: frames of co-training, say, have no such labels
     return jax.lax.cond(
         jnp.any(given.weight > 0),
         lambda params: predict_along(model, params, graph, given.probe),

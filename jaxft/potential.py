@@ -203,7 +203,7 @@ def predict(model: Potential, params: Params, graph: Graph) -> Prediction:
 def predict_along(
     model: Potential, params: Params, graph: Graph, displacement: Array
 ) -> tuple[Prediction, Array]:
-    """:func:`predict` and :func:`hvp` for about twice the price of the first.
+    """:func:`predict` and :func:`hvp`, sharing the gradient that both need.
 
     Args:
       model, params, graph: as in :func:`predict`.
