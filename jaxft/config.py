@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from jaxft.data.curvatures import Probes
 from jaxft.models.backend import Name as Backend
 from jaxft.models.precision import Name as Precision
 from jaxft.recipe import KeysConfig, Replay, Setting, StrategyConfig, Strict
@@ -47,6 +48,9 @@ class TestSet(Strict):
     the base model came with."""
 
 
+TERMS = ("energy", "forces", "stress", "virials", "hessian")
+
+
 class LossConfig(Strict):
     """See :func:`jaxft.loss.weighted`; weight 0 leaves a term out and asks for no label."""
 
@@ -57,11 +61,21 @@ class LossConfig(Strict):
     forces: float = Field(100.0, ge=0)
     stress: float = Field(0.0, ge=0)
     virials: float = Field(0.0, ge=0)
+    hessian: float = Field(0.0, ge=0)
+    """Of the Hessian times one displacement of each frame and epoch."""
+    probe: Probes = "column"
+    """Which: one of those that come with the frame, columns of its Hessian mostly, or a random sum
+    of them."""
 
     @property
     def terms(self) -> dict[str, float]:
         """λ of all terms."""
-        return {name: getattr(self, name) for name in ("energy", "forces", "stress", "virials")}
+        return {name: getattr(self, name) for name in TERMS}
+
+    @property
+    def probes(self) -> Probes | None:
+        """What batches are to carry; None where the Hessian has no weight."""
+        return self.probe if self.hessian > 0 else None
 
     @property
     def weights(self) -> dict[str, float]:
@@ -135,7 +149,8 @@ class WandbConfig(Strict):
     mode: Literal["online", "offline"] = "online"
 
 
-def _known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
+def known_symbols(value: str | dict[str, float]) -> str | dict[str, float]:
+    """The value, if the keys of a mapping are chemical symbols; raises ValueError if not."""
     if isinstance(value, dict):
         unknown = [symbol for symbol in value if symbol not in atomic_numbers]
         if unknown:
@@ -167,7 +182,7 @@ class Config(Strict):
     """Weights of training frames by their config_type."""
     e0s: Annotated[
         Literal["foundation", "isolated_atoms", "estimated", "average"] | dict[str, float],
-        AfterValidator(_known_symbols),
+        AfterValidator(known_symbols),
     ]
     """Isolated-atom energies of the training data's level of theory: the model's own
     (``foundation``), those of IsolatedAtom frames in ``train``, the model's corrected by its errors

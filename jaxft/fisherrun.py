@@ -52,7 +52,9 @@ def estimate_fisher(
     begin = inputs.computing(config, inputs.start(config))
     head = head or begin.like or config.head
     frames = data.without_isolated_atoms(data.read(files, keys=inputs.keys(config)))
-    prepared = data.prepare(frames, begin.base, head=head, cache=config.cache)
+    prepared = data.prepare(
+        frames, begin.base, head=head, cache=config.cache, probes=config.loss.probes
+    )
     batches = data.epoch(prepared, 1, dtype=config.compute_dtype, seed=seed)
     facts = {
         "loss": config.loss.model_dump(),

@@ -131,6 +131,19 @@ class Weights(NamedTuple):
     """[G]."""
 
 
+class Curvature(NamedTuple):
+    """One displacement of the atoms of every graph, and what the Hessian makes of it."""
+
+    probe: Array
+    """[N, 3] Å; zeros where there is no label."""
+    product: Array
+    """[N, 3] eV/Å, Hessian times ``probe``: the derivative of minus the forces along it."""
+    weight: Array
+    """[N], non-negative: 0 for a missing label and for padding."""
+    total: Array
+    """Scalar; as in :attr:`Batch.totals`."""
+
+
 class Batch(NamedTuple):
     """A graph with what it should reproduce."""
 
@@ -144,11 +157,20 @@ class Batch(NamedTuple):
     """[G] int32, atoms per graph; 1 for an empty padding graph, so that dividing is safe."""
     frame: Array
     """[G] int32, position of the frame in its dataset; -1 for padding."""
+    curvature: Curvature | None = None
+    """None if no loss asks for it; then the batch is what it would be without such labels."""
 
 
 def totals_of(weights: Weights) -> Weights:
     """The sums of the weights of one batch, as scalars."""
     return Weights(*(array.sum() for array in weights))
+
+
+def with_totals(batch: Batch, totals: Weights, curvature: Array) -> Batch:
+    """The batch with other totals; ``curvature`` is that of :class:`Curvature`, if it has one."""
+    if batch.curvature is None:
+        return batch._replace(totals=totals)
+    return batch._replace(totals=totals, curvature=batch.curvature._replace(total=curvature))
 
 
 def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
@@ -163,7 +185,8 @@ def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
     """
     own = [totals_of(batch.weights) for batch in batches]
     shared = Weights(*(sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)))
-    return [batch._replace(totals=shared) for batch in batches]
+    curvature = sum(b.curvature.weight.sum() for b in batches if b.curvature is not None)
+    return [with_totals(batch, shared, curvature) for batch in batches]
 
 
 def fullest(receivers: np.ndarray, n_node: int, blocks: int) -> int:

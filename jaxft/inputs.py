@@ -88,7 +88,7 @@ def recipe(config: Config) -> tuple[Recipe, Params]:
     begin = start(config)
     frames: list[Frame] = []
     if any(isinstance(entry, Replay) and entry.select is not None for entry in config.recipe):
-        frames = _labelled_frames(config)[0]
+        frames = labelled_frames(config)[0]
     return configs.strategies(config, _setting(config, begin, begin.base, frames)), begin.params
 
 
@@ -100,7 +100,7 @@ def read(config: Config, console: Console) -> Inputs:
     """
     begin = computing(config, start(config))
     names = keys(config)
-    train, valid = _labelled_frames(config)
+    train, valid = labelled_frames(config)
     tests = {
         name: data.without_isolated_atoms(data.read(entry.files, keys=names))
         for name, entry in config.test.items()
@@ -130,6 +130,7 @@ def read(config: Config, console: Console) -> Inputs:
         sources=sources,
         size=config.batch_size,
         cache=config.cache,
+        probes=config.loss.probes,
     )
     for line in mixture.describe():
         console.print(line, highlight=False)
@@ -140,7 +141,7 @@ def read(config: Config, console: Console) -> Inputs:
         model=model,
         recipe=strategies,
         train=mixture,
-        valid=data.prepare(fitted[1], model, head=config.head, cache=config.cache),
+        valid=_prepared(config, fitted[1], model, config.head),
         watch=_watched(config, setting, watched),
         tests=tests,
         preflight=check,
@@ -166,7 +167,8 @@ def _setting(config: Config, begin: Start, model: Potential, frames: Sequence[Fr
     return Setting(model, begin.params, keys(config), config.head, frames, config.seed)
 
 
-def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
+def labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
+    """Training and validation frames of a config, isolated atoms among them."""
     names = keys(config)
     train = data.weigh(data.read(config.train, keys=names), config_types=config.config_types)
     if isinstance(config.valid, float):
@@ -181,7 +183,10 @@ def _labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
 def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]) -> None:
     wanted, names = config.loss.labels, keys(config)
     judged_by = [] if config.metric.rpartition("/")[2] == "loss" else [config.metric]
-    data.require_labels(train, wanted, keys=names)
+    if not config.loss.hessian:
+        data.require_labels(train, wanted, keys=names)
+    # second derivatives are dear: frames to judge by energies and forces may do without
+    wanted = [name for name in wanted if name != "hessian"] or wanted
     data.require_labels(valid, wanted + [name for name in judged_by if "/" not in name], keys=names)
 
 
@@ -210,6 +215,9 @@ def _own_head(config: Config, model: Potential) -> str:
 def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None:
     """Heads, elements, labels and levels of theory of what strategies bring."""
     own, wanted = _own_head(config, setting.model), config.loss.labels
+    if config.loss.hessian:  # frames with second derivatives often have nothing else, and are few
+        brought = [f for source in base.sources(strategies) for f in source.frames]
+        data.require_labels([*setting.train, *brought], wanted, keys=setting.keys)
     for source in base.sources(strategies):
         setting.model.head_index(source.head or own)
         data.check_elements(source.frames, setting.model.atomic_numbers)
@@ -217,7 +225,8 @@ def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None
             continue
         if not any(data.has_label(f, w) for f in source.frames for w in wanted):
             data.require_labels(source.frames, wanted, keys=setting.keys)
-        if config.e0s != "foundation" and (source.head or own) == own:
+        has_energies = any(data.has_label(frame, "energy") for frame in source.frames)
+        if has_energies and config.e0s != "foundation" and (source.head or own) == own:
             raise ValueError(
                 f"{source.name!r} replays labels on head {own!r}, whose isolated-atom energies are "
                 f"to be changed (e0s: {config.e0s}), so they would be of two levels of theory;\n"
@@ -249,8 +258,15 @@ def _watched(
         if entry.strategy == "pseudolabel_replay":
             frames = pseudolabel(setting.model, setting.params, frames, head=head)
         if any(data.has_label(f, name) for f in frames for name in ("energy", "forces")):
-            found[entry.name] = data.prepare(frames, setting.model, head=head, cache=config.cache)
+            found[entry.name] = _prepared(config, frames, setting.model, head)
     return found
+
+
+def _prepared(
+    config: Config, frames: Sequence[Frame], model: Potential, head: str | None
+) -> Dataset:
+    """What is judged: with what the loss reads."""
+    return data.prepare(frames, model, head=head, cache=config.cache, probes=config.loss.probes)
 
 
 def _preflight(config: Config, begin: Start, train: Sequence[Frame]) -> Preflight | None:

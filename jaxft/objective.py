@@ -31,14 +31,20 @@ def outputs(config: Config, model: Potential) -> Callable[[Params, Any], Any]:
     """What a sampled Fisher differentiates, weighed as the config's loss.
 
     Raises:
-      ValueError: the loss is not one of squared errors.
+      ValueError: the loss is not one of squared errors, or has a term of the Hessian.
     """
+    if config.loss.hessian:
+        raise ValueError(
+            "a sampled Fisher knows no Hessian, but the loss has a term of it;\n"
+            "override it for this command: loss.hessian=0."
+        )
     if config.loss.error != "mse":
         raise ValueError(
             f"a sampled Fisher is that of squared errors, but the loss is {config.loss.error!r};\n"
             "override it for this command: loss.error=mse."
         )
-    vector = loss.outputs(model, labelled_only=False, **config.loss.terms)
+    lambdas = {name: value for name, value in config.loss.terms.items() if name != "hessian"}
+    vector = loss.outputs(model, labelled_only=False, **lambdas)
     dtype = config.compute_dtype
     return lambda params, batch: vector(
         jax.tree.map(lambda leaf: leaf.astype(dtype), params), batch

@@ -1,14 +1,16 @@
 """A model with its constants, and the energies, forces and stresses that follow from it.
 
 Only the edge vectors are differentiated: with ``g = dE/dvector`` the forces are sums of ``g`` over
-rows and senders, the virial is a sum of ``g ⊗ vector``, and there is no strain variable.
+rows and senders, the virial is a sum of ``g ⊗ vector``, and there is no strain variable. A
+displacement u of the atoms moves an edge by ``u[receiver] - u[sender]``, so the Hessian times u is
+the same sums of the derivative of g along these, and periodic images need no supercell.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.graph import Graph, sum_atoms, sum_rows, sum_senders
+from jaxft.graph import Graph, sum_atoms, sum_rows, sum_senders, take
 from jaxft.models.backend import XLA, Backend, choose
 from jaxft.models.config import EmbeddingConfig, MACEConfig
 from jaxft.models.contraction import Coupling, compress, noise_of
@@ -194,18 +196,79 @@ class Potential:
 
 def predict(model: Potential, params: Params, graph: Graph) -> Prediction:
     """Energy, forces and stress of every graph. Pure; jit it with ``model`` closed over."""
+    gradient, node_energy = _gradient(model, params, graph)(graph.vectors)
+    return _prediction(graph, gradient, node_energy)
+
+
+def predict_along(
+    model: Potential, params: Params, graph: Graph, displacement: Array
+) -> tuple[Prediction, Array]:
+    """:func:`predict` and :func:`hvp`, sharing the gradient that both need.
+
+    Args:
+      model, params, graph: as in :func:`predict`.
+      displacement: [N, 3] Å, zero where there is only padding.
+
+    Returns:
+      The prediction, and [N, 3] eV/Å.
+    """
+    tangents = _edges_along(graph, displacement)
+    gradient = _gradient(model, params, graph)
+    value, change, node_energy = jax.jvp(gradient, (graph.vectors,), (tangents,), has_aux=True)
+    return _prediction(graph, value, node_energy), _onto_atoms(graph, change)
+
+
+def hvp(model: Potential, params: Params, graph: Graph, displacement: Array) -> Array:
+    """Hessian of the energy times a displacement of all atoms, by forward over reverse mode.
+
+    The derivative of minus the forces along the displacement: positive as force constants are.
+    Pure, and differentiable in parameters.
+
+    Args:
+      model, params, graph: as in :func:`predict`.
+      displacement: [N, 3] Å; graphs of a batch do not feel one another's.
+
+    Returns:
+      [N, 3] eV/Å.
+    """
+
+    def gradient(vectors: Array) -> Array:
+        return _gradient(model, params, graph)(vectors)[0]
+
+    tangents = _edges_along(graph, displacement)
+    _, change = jax.jvp(gradient, (graph.vectors,), (tangents,))
+    return _onto_atoms(graph, change)
+
+
+def _gradient(
+    model: Potential, params: Params, graph: Graph
+) -> Callable[[Array], tuple[Array, Array]]:
+    """Edge vectors -> dE/dvector and the atoms' energies."""
 
     def total(vectors: Array) -> tuple[Array, Array]:
         node_energy = model.node_energies(params, graph._replace(vectors=vectors))
         return node_energy.sum(), node_energy
 
-    gradient, node_energy = jax.grad(total, has_aux=True)(graph.vectors)
+    return jax.grad(total, has_aux=True)
+
+
+def _prediction(graph: Graph, gradient: Array, node_energy: Array) -> Prediction:
     # receiver minus sender: dE/dr is +g on the receiver and -g on the sender
     forces = sum_senders(gradient, graph) - sum_rows(gradient.sum(axis=1), graph)
     virial = jnp.einsum("rka,rkb->rab", gradient, graph.vectors, precision="highest")
     virial = sum_atoms(sum_rows(virial, graph), graph)
     stress = 0.5 * (virial + virial.swapaxes(1, 2)) / graph.volume[:, None, None]
     return Prediction(sum_atoms(node_energy, graph), node_energy, forces, stress)
+
+
+def _edges_along(graph: Graph, displacement: Array) -> Array:
+    """[N, 3] -> [R, K, 3]: how edge vectors change."""
+    return take(displacement, graph.receivers)[:, None] - take(displacement, graph.senders)
+
+
+def _onto_atoms(graph: Graph, change: Array) -> Array:
+    """Derivatives by edge vectors, [R, K, 3], as derivatives by positions, [N, 3]."""
+    return sum_rows(change.sum(axis=1), graph) - sum_senders(change, graph)
 
 
 def _orders(correlation: int) -> range:

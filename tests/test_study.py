@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import ase.io
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -449,6 +450,108 @@ def test_sensitivity_is_drawn_for_numbers(folder: Path, tmp_path: Path) -> None:
     assert [line.label for line in picture.lines[::2]] == ["naive e0s=x", "naive e0s=y"]
 
 
+def test_accuracy_is_drawn_against_what_is_changed(folder: Path, tmp_path: Path) -> None:
+    """Groups that differ in a number are one line; the front passes by what is beaten."""
+    recipes = {
+        "a": {"recipe": [], "vary": {"λ": {"1": ["loss.forces=1"], "2": ["loss.forces=2"]}}},
+        "b": {"recipe": [], "set": ["loss.forces=3"]},
+    }
+    found = planned(folder, tmp_path, recipes=recipes)
+    for cell, (changed, error) in zip(found, [(1.0, 8.0), (3.0, 4.0), (9.0, 5.0)], strict=True):
+        cell.folder.mkdir(parents=True)
+        spent = [Quantity("", "changed", "%", changed), Quantity("", "trained", "", 7.0)]
+        error_of = Quantity("target", "forces_rmse", "meV/Å", error)
+        results.save(cell.folder, Result("done", "", (*spent, error_of)))
+    drawn = figures.pictures(tables.grouped(collect.outcomes(found)), ["target"], [])
+    assert [picture.title for picture in drawn] == [
+        "target: sensitivity to λ",
+        "target: accuracy against changed numbers",  # and not against equal ones
+    ]
+    front, line, *_ = drawn[1].lines
+    assert sorted(zip(front.x, front.y, strict=True)) == [(1, 8), (3, 4)]
+    assert (line.label, line.x, line.y) == ("a", [1, 3], [8, 4])
+    assert {each.label for each in drawn[1].lines} == {"Pareto front", "a", "b"}
+
+
+def with_fishers(folder: Path, **options: object) -> dict:
+    """Two strengths of one Fisher, and random parameters."""
+    ewc = [{"strategy": "ewc", "fisher": "old", "strength": 1}]
+    return {
+        "fishers": {"old": {"files": str(folder / "base.xyz"), **options}},
+        "recipes": {
+            "ewc": {"recipe": ewc, "vary": {"recipe.0.strength": [1, 2]}},
+            "scratch": {"recipe": [], "scratch": True},
+        },
+    }
+
+
+def test_what_is_made_is_known_before_it_exists(folder: Path, tmp_path: Path) -> None:
+    one, other, random = planned(folder, tmp_path, **with_fishers(folder))
+    (needed,) = one.needs
+    assert needed.path == one.config.recipe[0].fisher == other.config.recipe[0].fisher
+    assert not needed.path.exists()
+    assert random.config.model == random.needs[0].path != one.config.model
+    assert (one.base_tests, random.base_tests) == (("base",), ())
+    assert set(random.config.test) == {"target"}
+
+    def known(**changes: object) -> list[str]:
+        return [cell.id for cell in planned(folder, tmp_path / "other", **changes)]
+
+    ids = [one.id, other.id, random.id]
+    assert known(**with_fishers(folder)) == ids
+    changed = known(**with_fishers(folder, n=1))
+    assert [a == b for a, b in zip(changed, ids, strict=True)] == [False, False, True]
+    changed = known(**with_fishers(folder), set=[*COMMON, "loss.energy=3"])
+    assert not set(changed) & set(ids)
+    assert len(set(known(**with_fishers(folder), seeds=2))) == 6
+    paths = {
+        cell.needs[0].path for cell in planned(folder, tmp_path, **with_fishers(folder), seeds=2)
+    }
+    assert len(paths) == 3  # one Fisher, and random parameters by seed
+    with pytest.raises(ValueError, match="either `base` or `scratch`"):
+        StudyConfig.model_validate(
+            document(
+                folder,
+                tmp_path,
+                recipes={"a": {"recipe": [], "scratch": True, "base": str(folder / "base.jaxft")}},
+            )
+        )
+
+
+def test_what_cells_need_is_made_once(folder: Path, tmp_path: Path, small) -> None:
+    """Two strengths share a Fisher, which restrains; random parameters begin far from the base."""
+    options = with_fishers(folder, probes=1, n=1)
+    options["recipes"]["ewc"]["vary"] = {"recipe.0.strength": [1e-9, 1e9]}
+    found = planned(folder, tmp_path, **options, set=[*COMMON, "loss.error=mse"])
+    lines: list[str] = []
+    work.work(found[:1], lines.append)
+    made = found[0].needs[0].path
+    first = made.stat().st_mtime_ns
+    work.work(found, lines.append)
+    assert [": done in" in line for line in lines] == [True] * 3, lines
+    assert made.stat().st_mtime_ns == first
+    ended = {cell.varied.get("recipe.0.strength", "scratch"): cell for cell in found}
+    start = jaxft.load(folder / "base.jaxft")[1]
+    moved = {
+        name: distance(start, jaxft.load(cell.config.output / "model.jaxft")[1])
+        for name, cell in ended.items()
+    }
+    assert 0 < moved["1e+09"] < 0.9 * moved["1e-09"] < moved["scratch"]
+    model, params = jaxft.load(ended["scratch"].config.model)
+    forces = np.concatenate(
+        [f.forces.ravel() for f in data.read(folder / "frames.xyz") if f.forces is not None]
+    )
+    assert model.constants.scale == pytest.approx(np.sqrt(np.mean(forces**2)), rel=1e-5)
+    assert distance(start, params) > 0
+    sets = {q.set for q in results.read(ended["scratch"].folder).quantities}
+    assert sets == {"", "target"}
+
+
+def distance(a: dict, b: dict) -> float:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return float(np.sqrt(sum(np.sum((np.asarray(x) - np.asarray(y)) ** 2) for x, y in pairs)))
+
+
 def test_the_page_tells_all(collected) -> None:
     study, found = collected
     written = page.write(study, found)
@@ -492,7 +595,10 @@ def test_shipped_configs_are_planned(is_small: bool, monkeypatch, tmp_path: Path
     jaxft.save(tmp_path / "base.jaxft", *converted(base))
     for path in sorted((ROOT / "configs/study").glob("*.yaml")):
         kind = TuneConfig if path.stem.startswith("tune") else StudyConfig
-        study = load(path, small=is_small, kind=kind)
+        words = elsewhere(path)
+        if words is None:
+            continue
+        study = load(path, words, small=is_small, kind=kind)
         study = study.model_copy(update={"base": tmp_path / "base.jaxft"})
         found = (
             plan(study)
@@ -501,8 +607,19 @@ def test_shipped_configs_are_planned(is_small: bool, monkeypatch, tmp_path: Path
         )
         assert len({cell.id for cell in found}) == len(found) > 1
         header = path.read_text().split("output:")[0]
-        if path.stem == "seven":
-            assert f"{len(found)} {'in the small form' if is_small else '='}" in header
+        if "# Cells:" in header:
+            assert f"{len(found)} {'in the small form' if is_small else '='}" in header, path
+
+
+def elsewhere(path: Path) -> list[str] | None:
+    """Where the data of a config are that are not shipped; None if they are not here."""
+    if path.stem != "frozen-3bpa":
+        return []
+    folder = Path(os.environ.get("JAXFT_DATA", "")) / "raw/davkovacs+BOTNet-datasets/dataset_3BPA"
+    if "JAXFT_DATA" not in os.environ or not folder.is_dir():
+        return None
+    train, test = folder / "train_300K.xyz", folder / "train_mixedT.xyz"
+    return [f"datasets.3bpa.train=[{train}]", f"datasets.3bpa.test.mixed={test}"]
 
 
 def converted(path: Path) -> tuple:

@@ -95,3 +95,45 @@ def rattle(
         raise ValueError("no frame was made, so nothing was written; see the flags.")
     if not as_json:
         console.print(f"wrote {output} ({len(found)} frames)", highlight=False)
+
+
+@data_app.command("hessian")
+@command
+def hessian(
+    crystals: Annotated[list[Path], typer.Argument(metavar="CRYSTAL...")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="NAME.xyz")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Bundle whose second derivatives are the labels.")
+    ] = None,
+    supercell: Annotated[
+        str | None, typer.Option(help='Repetitions, as "2 2 2", where no file says them.')
+    ] = None,
+    min_length: Annotated[float, typer.Option(help="Of other supercells, Å.")] = 10.0,
+    at_rest: Annotated[
+        bool, typer.Option("--at-rest", help="Forces and stress of 0 are labels, too.")
+    ] = False,
+    head: Head = None,
+) -> None:
+    """Force constants (folders of phonopy, as of evaluate phonons) or a teacher's second
+    derivatives as labels of perfect supercells, for the Hessian in a loss."""
+    import ase.io
+
+    from jaxft.cli.phonons import repetitions
+    from jaxft.cli.shared import load
+    from jaxft.evaluate.candidate import JaxCandidate
+    from jaxft.evaluate.crystals import phonopy_api, read_crystal
+    from jaxft.evaluate.curvature import labelled
+
+    phonopy_api()
+    if output.exists():
+        raise ValueError(f"{output} exists; give another --output.")
+    found = [read_crystal(path, repetitions(supercell)) for path in crystals]
+    own = None
+    if teacher is not None:
+        own = JaxCandidate("teacher", *load(teacher, Dtype.float64, head), head=head)
+    frames = [
+        labelled(one, teacher=own, min_length=min_length, is_at_rest=at_rest) for one in found
+    ]
+    ase.io.write(output, frames, format="extxyz")
+    told = ", ".join(f"{atoms.symbols} {atoms.arrays['probe'].shape[1] // 3}" for atoms in frames)
+    console.print(f"wrote {output} (columns of {told})", highlight=False)

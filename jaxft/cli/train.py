@@ -75,6 +75,22 @@ def finetune(
 
 @app.command()
 @command
+def new(
+    output: Annotated[Path, typer.Argument(metavar="OUT.jaxft")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with the same keys.")] = None,
+) -> None:
+    """A bundle with random parameters, to train from scratch: train=FILE e0s=isolated_atoms
+    architecture.hidden=16x0e+16x1o, or like=BUNDLE; statistics are those of the training files."""
+    from jaxft import scratchrun
+
+    settings = scratchrun.read(overrides or (), config)
+    use(settings.dtype)
+    scratchrun.make(settings, output, console=console)
+
+
+@app.command()
+@command
 def describe(config: Path, overrides: Overrides = None) -> None:
     """What CONFIG would train, leaf by leaf."""
     settings = _settings(config, overrides)

@@ -12,6 +12,7 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 
 from jaxft.data import formats
+from jaxft.data.curvatures import Curvatures, curvatures_of
 from jaxft.data.labels import (
     WEIGHTS,
     atom_weights_of,
@@ -42,6 +43,10 @@ class Keys:
     """eV/Å³, ASE sign: 3x3, its 9 numbers, or Voigt xx, yy, zz, yz, xz, xy."""
     virials: str = "REF_virials"
     """eV, −V times the stress, laid out as it; read as a stress."""
+    hessian: str = "REF_hvp"
+    """eV/Å, in ``arrays``: the Hessian times each displacement under ``probe``, [n, 3 k]."""
+    probe: str = "probe"
+    """Å, in ``arrays``: k displacements of all atoms."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +66,8 @@ class Frame:
     """[n, 3] eV/Å."""
     stress: np.ndarray | None = None
     """[3, 3] eV/Å³, positive under tension."""
+    hessian: Curvatures | None = None
+    """Its Hessian times some displacements."""
     features: Mapping[str, object] = field(default_factory=dict)
     """Other numbers that came with the frame, by name: ``charge``, ``spin``, …"""
     atom_features: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -68,9 +75,10 @@ class Frame:
     weight: float = 1.0
     """Of all labels of the frame in the loss: 2 is the frame twice, 0 is no frame."""
     energy_weight: float = 1.0
-    """Of the energy, times ``weight``; likewise the next two."""
+    """Of the energy, times ``weight``; likewise the next three."""
     forces_weight: float = 1.0
     stress_weight: float = 1.0
+    hessian_weight: float = 1.0
     atom_weights: np.ndarray | None = None
     """[n], of the forces on each atom, times ``weight`` and ``forces_weight``; None is 1."""
     config_type: str = "Default"
@@ -176,6 +184,13 @@ def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "fra
         energy=energy,
         forces=forces,
         stress=stress,
+        hessian=curvatures_of(
+            atoms.arrays.get(keys.probe),
+            atoms.arrays.get(keys.hessian),
+            len(atoms),
+            (keys.probe, keys.hessian),
+            source,
+        ),
         config_type=str(atoms.info.get("config_type", "Default")),
         atom_weights=atom_weights_of(atoms, source),
         **weights_of(atoms, source),
@@ -204,7 +219,9 @@ def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
     return frame
 
 
-NOT_FEATURES = frozenset({"numbers", "positions", "forces", "momenta", "masses"})
+NOT_FEATURES = frozenset(
+    {"numbers", "positions", "forces", "momenta", "masses", Keys.probe, Keys.hessian}
+)
 CHARGE_AND_SPIN = frozenset({"charge", "spin", "total_charge", "total_spin"})
 
 

@@ -21,8 +21,9 @@ WEIGHTS = {
     "forces_weight": ("config_forces_weight",),
     # a virial label is kept as a stress
     "stress_weight": ("config_stress_weight", "config_virials_weight"),
+    "hessian_weight": ("config_hessian_weight",),
 }
-"""Weights of a frame and their names in ``info``, those of mace-torch."""
+"""Weights of a frame and their names in ``info``, those of mace-torch, which knows no Hessians."""
 
 ATOM_WEIGHTS = ("atom_weights", "atom_weight")
 """Names of the weights of single atoms in ``arrays``."""

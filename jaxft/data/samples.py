@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxft.data.curvatures import Curvatures
 from jaxft.data.frames import Frame
 from jaxft.data.neighbours import Edges
 from jaxft.data.packing import ROW_COST
@@ -36,6 +37,8 @@ class Sample(NamedTuple):
     head: int
     features: dict[str, np.ndarray]
     """[] or [in_dim] per graph, [n, …] per atom."""
+    hessian: Curvatures | None = None
+    hessian_weight: float = 0.0
 
 
 def best_width(degrees: Sequence[np.ndarray]) -> int:
@@ -81,6 +84,8 @@ def sample_of(
         *_labels(frame, e0),
         head,
         features,
+        frame.hessian,
+        frame.weight * frame.hessian_weight * (frame.hessian is not None),
     )
 
 

@@ -20,6 +20,10 @@ WIDTH, HEIGHT = 5.2, 3.6
 EXPLODED, USUAL = 1e6, 1e3
 """What is so many times larger than usual, on a diagonal than any reference, is not drawn."""
 BEYOND = " (partly beyond the picture)"
+CROWDED, BESIDE = 5, 2.2
+"""Names beyond which the legend stands beside the picture, and the inches that it takes there."""
+PLAIN = (0.9, 1e4)
+"""A logarithmic axis between these has numbers without powers."""
 FEW = 3
 """Points that are drawn large."""
 
@@ -44,10 +48,11 @@ def _finite(line: Line) -> bool:
 
 
 def _figure(picture: Picture) -> Any:
-    figure = new_figure(WIDTH, HEIGHT)
-    axes = figure.subplots()
     picture = _in_scale(picture)
     names = list(dict.fromkeys(line.label for line in picture.lines if not line.is_reference))
+    is_crowded = len(names) > CROWDED
+    figure = new_figure(WIDTH + (BESIDE if is_crowded else 0), HEIGHT)
+    axes = figure.subplots()
     for line in picture.lines:
         axes.plot(np.asarray(line.x), np.asarray(line.y), **_look(line, names))
     if picture.diagonal:
@@ -55,8 +60,10 @@ def _figure(picture: Picture) -> Any:
         axes.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
     if picture.is_log_x:
         axes.set_xscale("log")
+        _plain(axes.xaxis)
     if picture.is_log_y:
         axes.set_yscale("log")
+        _plain(axes.yaxis)
     if picture.ticks:
         axes.set_xticks(list(picture.ticks.values()), [literal(name) for name in picture.ticks])
         for place in picture.ticks.values():
@@ -74,8 +81,19 @@ def _figure(picture: Picture) -> Any:
             list(reversed(first)),
             fontsize=7.5,
             frameon=False,
+            **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_crowded else {}),
         )
     return figure
+
+
+def _plain(axis: Any) -> None:
+    """200 in place of 2 x 10², where numbers are neither small nor large."""
+    from matplotlib.ticker import LogFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    if low > PLAIN[0] and high < PLAIN[1]:
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter())
 
 
 def _in_scale(picture: Picture) -> Picture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -29,6 +29,21 @@ Axis = list[Any] | dict[Name, Words]
 """Values of the key that it is called after, or several keys at once: ``{label: [key=value]}``."""
 
 
+class PhononsConfig(Strict):
+    """A crystal whose phonons are compared with a reference, before and after."""
+
+    crystal: Path
+    """As of ``jaxft evaluate phonons``: a folder of phonopy with its reference, or a structure."""
+    supercell: tuple[int, int, int] | None = None
+    """Repetitions, where no file says them."""
+    reference: Path | None = None
+    """A bundle whose phonons are the reference, in place of the crystal's own."""
+    head: str | None = None
+    """Of ``reference``."""
+    mesh: float = Field(40.0, gt=0)
+    """Of q points, phonopy's measure, Å."""
+
+
 class DatasetConfig(Strict):
     """Frames of one target."""
 
@@ -36,7 +51,22 @@ class DatasetConfig(Strict):
     valid: float | Files = 0.1
     test: dict[Name, Files] = Field(default_factory=dict)
     """Judged before and after, at the level of theory of ``train``."""
+    phonons: dict[Name, PhononsConfig] = Field(default_factory=dict)
     set: Words = Field(default_factory=list)
+
+
+class FisherConfig(Strict):
+    """A Fisher that entries of recipes name; options as of ``jaxft fisher``."""
+
+    files: Files
+    """Frames of the pretraining data."""
+    n: int | None = Field(None, ge=1)
+    probes: int | None = Field(None, ge=1)
+    """Per frame, of a sampled Fisher; without them it is the empirical one."""
+    threshold: float | None = None
+    normalise: Literal["mean", "max"] | None = None
+    head: str | None = None
+    seed: int = 0
 
 
 class RecipeConfig(Strict):
@@ -45,7 +75,11 @@ class RecipeConfig(Strict):
     preset: str | None = None
     recipe: list[StrategyConfig] | None = None
     base: Path | None = None
-    """Bundle to start from instead of that of the study: random parameters, say."""
+    """Bundle to start from instead of that of the study."""
+    scratch: bool = False
+    """Start from random parameters instead, of the architecture of the base: drawn from the seed,
+    with E0s, scale, shift and neighbours of the cell's training frames. Nothing is forgotten, so
+    ``base_test`` is left out."""
     set: Words = Field(default_factory=list)
     vary: dict[str, Axis] = Field(default_factory=dict)
     """Hyperparameters of this recipe alone; replaces an axis of the study with the same name."""
@@ -54,6 +88,8 @@ class RecipeConfig(Strict):
     def _is_one(self) -> RecipeConfig:
         if (self.preset is None) == (self.recipe is None):
             raise ValueError("give either `preset` or `recipe` ([] is full fine-tuning)")
+        if self.scratch and self.base is not None:
+            raise ValueError("give either `base` or `scratch`, random parameters of the study's")
         if self.preset is not None:
             presets.text(self.preset)
         return self
@@ -87,6 +123,9 @@ class Common(Strict):
     base_test: dict[Name, Files] = Field(default_factory=dict)
     """Frames of the base model's own level of theory: what of it is forgotten. Judged with the
     base's isolated-atom energies, and on the base's head where a recipe adds one."""
+    fishers: dict[Name, FisherConfig] = Field(default_factory=dict)
+    """By the name that ``ewc`` entries give as their ``fisher``; estimated when first needed, at
+    the model and with the loss of the cell."""
     set: Words = Field(default_factory=list)
     """Of all cells; datasets, recipes, axes and budget override it, in this order."""
     budget: BudgetConfig | None = None

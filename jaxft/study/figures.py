@@ -19,7 +19,7 @@ def pictures(
 ) -> list[Picture]:
     """All pictures that the groups of one dataset have points for."""
     found = [*_efficiency(groups, targets), *_sensitivity(groups, targets)]
-    return [*found, *_forgetting(groups, targets, bases)]
+    return [*found, *_forgetting(groups, targets, bases), *_thrift(groups, targets)]
 
 
 def _efficiency(groups: Sequence[Grouped], targets: Sequence[str]) -> Iterator[Picture]:
@@ -81,35 +81,63 @@ def _curves(
         yield Picture(title, x, f"force RMSE, {UNIT}", tuple(drawn), is_log_x, is_log_y=True)
 
 
+Points = dict[Group, tuple[float, float]]
+
+
 def _forgetting(
     groups: Sequence[Grouped], targets: Sequence[str], bases: Sequence[str]
 ) -> Iterator[Picture]:
     """What was lost against what was gained, and who is beaten by nobody in both."""
     for target in targets:
         for base in bases:
-            points = {}
+            points: Points = {}
             for found in groups:
                 gained, lost = found.get(target, ERROR), found.get(base, LOST)
                 if gained is not None and lost is not None:
-                    points[_name(found.group)] = (gained.mean, lost.mean)
-            if not points:
-                continue
-            best = pareto_front(points)
-            front = Line(
-                "Pareto front",
-                [points[name][0] for name in best],
-                [points[name][1] for name in best],
-                is_reference=True,
-            )
-            every = [Line(n, [x], [y], is_scatter=True) for n, (x, y) in points.items()]
-            yield Picture(
-                f"{target}: forgetting against accuracy",
-                f"force RMSE, {UNIT}",
-                f"{base}: force RMSE after / before",
-                (front, *every),
-                is_log_x=True,
-                is_log_y=True,
-            )
+                    points[found.group] = (gained.mean, lost.mean)
+            title = f"{target}: forgetting against accuracy"
+            axes = f"force RMSE, {UNIT}", f"{base}: force RMSE after / before"
+            yield from _fronts(title, axes, points)
+
+
+def _thrift(groups: Sequence[Grouped], targets: Sequence[str]) -> Iterator[Picture]:
+    """Error against how much of the model is changed, and against how many numbers train."""
+    for target in targets:
+        for quantity, axis in (("changed", "changed numbers, %"), ("trained", "trained numbers")):
+            points: Points = {}
+            for found in groups:
+                spent, error = found.get("", quantity), found.get(target, ERROR)
+                if spent is not None and spent.mean > 0 and error is not None:
+                    points[found.group] = (spent.mean, error.mean)
+            if len({x for x, _ in points.values()}) > 1:
+                title = f"{target}: accuracy against {axis.partition(',')[0]}"
+                yield from _fronts(title, (axis, f"force RMSE, {UNIT}"), points)
+
+
+def _fronts(title: str, axes: tuple[str, str], points: Points) -> Iterator[Picture]:
+    """A point per group, those that differ in numbers joined, and the front of all."""
+    if not points:
+        return
+    named = {_name(group): point for group, point in points.items()}
+    front = [named[name] for name in pareto_front(named)]
+    drawn = [Line("Pareto front", *_transposed(front), is_reference=True)]
+    families: dict[str, list[tuple[float, float]]] = {}
+    for group, point in points.items():
+        families.setdefault(_family(group), []).append(point)
+    for label, members in families.items():
+        drawn.append(Line(label, *_transposed(members)))
+        drawn.append(Line(label, *_transposed(members), is_scatter=True))
+    yield Picture(title, *axes, tuple(drawn), is_log_x=True, is_log_y=True)
+
+
+def _transposed(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _family(group: Group) -> str:
+    """What groups have in common that differ in numbers alone."""
+    named = tuple(pair for pair in group.varied if not _is_number(pair[1]))
+    return Group(group.dataset, group.recipe, named, None).label
 
 
 def _name(group: Group) -> str:

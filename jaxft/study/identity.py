@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,32 @@ WITHOUT_EFFECT = ("output", "cache", "tensorboard", "wandb", "keep_checkpoints",
 """Keys of a config that change no number."""
 
 
-def identity(config: Config) -> str:
+def identity(config: Config, made: Mapping[Path, str] | None = None) -> str:
     """Hash of a config with every file replaced by its content, and of jaxft's version.
 
     Files may be renamed or moved, and bundles may come from elsewhere, without changing it.
+
+    Args:
+      config: of a cell.
+      made: what stands for the content of files that are made when they are needed.
 
     Raises:
       FileNotFoundError: a file that the config names does not exist.
     """
     plain = config.model_dump(exclude=set(WITHOUT_EFFECT), by_alias=True)
-    facts = {"config": _with_contents(plain), "version": __version__}
+    facts = {"config": with_contents(plain, made or {}), "version": __version__}
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
-def _with_contents(value: Any) -> Any:
+def with_contents(value: Any, made: Mapping[Path, str]) -> Any:
+    """A tree with the content of every file in place of its name."""
     if isinstance(value, Path):
-        return content(value)
+        return made[value] if value in made else content(value)
     if isinstance(value, dict):
-        return {str(key): _with_contents(entry) for key, entry in value.items()}
+        return {str(key): with_contents(entry, made) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_contents(entry) for entry in value]
+        return [with_contents(entry, made) for entry in value]
     return value
 
 

@@ -16,8 +16,19 @@ from jaxft import bundle, data, presets
 from jaxft import config as configs
 from jaxft.config import Config, ConfigError
 from jaxft.data.shares import Slots
-from jaxft.study.config import Axis, Common, DatasetConfig, RecipeConfig, StudyConfig, Words
+from jaxft.recipe import Ewc
+from jaxft.study.config import (
+    Axis,
+    Common,
+    DatasetConfig,
+    PhononsConfig,
+    RecipeConfig,
+    StudyConfig,
+    Words,
+)
 from jaxft.study.identity import identity
+from jaxft.study.made import Made, contents, fisher_file, scratch_bundle
+from jaxft.study.phonons import with_phonons
 
 CELLS, RUN = "cells", "run"
 ENDLESS = 1_000_000
@@ -52,6 +63,10 @@ class Cell:
     id: str
     base_tests: tuple[str, ...] = ()
     """Of the test sets those of the base model's level of theory."""
+    needs: tuple[Made, ...] = ()
+    """Files that are made before it."""
+    phonons: Mapping[str, PhononsConfig] = field(default_factory=dict)
+    """What it is judged by beside its config."""
 
     @property
     def folder(self) -> Path:
@@ -153,13 +168,15 @@ def cell(
     first = configs.validate(document, told)
     frames = None if size is None else counts.size(first, size)
     document["train_size"] = frames
-    base_tests = _add_tests(document, study, target, first)
+    base_tests = _add_tests(document, study, dataset, recipe, first)
     _add_budget(document, study, first, frames, counts, told)
+    needs = _add_made(document, study, recipe, told)
     config = configs.validate(document, told)
-    known = identity(config)
+    known = identity(config, contents(needs))
     output = study.output / CELLS / known / RUN
     config = config.model_copy(update={"output": output})
-    return Cell(dataset, name, seed, frames, varied, config, known, base_tests)
+    found = Cell(dataset, name, seed, frames, varied, config, known, base_tests, needs)
+    return with_phonons(found, target.phonons)
 
 
 def _document(
@@ -196,20 +213,43 @@ def _bundle(path: Path) -> Path:
 
 
 def _add_tests(
-    document: dict[str, Any], study: Common, target: DatasetConfig, first: Config
+    document: dict[str, Any], study: Common, dataset: str, recipe: RecipeConfig, first: Config
 ) -> tuple[str, ...]:
+    target, base_test = study.datasets[dataset], {} if recipe.scratch else study.base_test
     head = first.head
-    if first.add_head is not None and study.base_test:
+    if first.add_head is not None and base_test:
         config, _ = bundle.read_model(first.model)
         head = first.add_head.like or config.heads[0]
     document["test"] = {
         **{name: {"files": files} for name, files in target.test.items()},
         **{
-            name: {"files": files, "e0s": "base", "head": head}
-            for name, files in study.base_test.items()
+            name: {"files": files, "e0s": "base", "head": head} for name, files in base_test.items()
         },
     }
-    return tuple(study.base_test)
+    return tuple(base_test)
+
+
+def _add_made(
+    document: dict[str, Any], study: Common, recipe: RecipeConfig, told: str
+) -> tuple[Made, ...]:
+    """Names of files that do not exist yet: the model, then Fishers, which belong to it."""
+    config = configs.validate(document, told)
+    needs: list[Made] = []
+    if recipe.scratch:
+        needs.append(scratch_bundle(study.output, config, config.model))
+        document["model"] = needs[0].path
+        config = config.model_copy(update={"model": needs[0].path})
+    entries = []
+    for given in config.recipe:
+        entry = given
+        if isinstance(given, Ewc) and str(given.fisher) in study.fishers:
+            asked = study.fishers[str(given.fisher)]
+            made = fisher_file(study.output, config, asked, contents(needs))
+            needs.append(made)
+            entry = given.model_copy(update={"fisher": made.path})
+        entries.append(entry.model_dump(by_alias=True, exclude_unset=True))
+    document["recipe"] = entries
+    return tuple(needs)
 
 
 def _add_budget(

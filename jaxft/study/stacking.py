@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -20,12 +21,13 @@ from jaxft.study import results, stacked
 from jaxft.study.cell import begin_anew, precision
 from jaxft.study.identity import identity
 from jaxft.study.lock import Busy, Held, hold
+from jaxft.study.made import contents, ensure
 from jaxft.study.plan import Cell
 from jaxft.study.results import Result
 from jaxft.study.stacked import STRENGTH, Member
 
 
-def key_of(config: Config) -> str | None:
+def key_of(config: Config, made: Mapping[Path, str] | None = None) -> str | None:
     """Configs of the same key can be stacked; None if this one cannot be at all."""
     chosen = config.optimizer
     goes_alone = (
@@ -47,7 +49,7 @@ def key_of(config: Config) -> str | None:
         "seed": config.seed if is_drawn or config.sources else 0,
         "optimizer": chosen.model_copy(update={"learning_rate": 1.0}),
     }
-    return identity(config.model_copy(update=same))
+    return identity(config.model_copy(update=same), made)
 
 
 def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -55,7 +57,7 @@ def stacks(cells: Sequence[Cell]) -> list[list[Cell]]:
     found: dict[str, list[Cell]] = {}
     for cell in cells:
         if results.read(cell.folder) is None and not cell.config.output.exists():
-            key = key_of(cell.config)
+            key = key_of(cell.config, contents(cell.needs))
             if key is not None:
                 found.setdefault(key, []).append(cell)
     return [members for members in found.values() if len(members) > 1]
@@ -78,6 +80,7 @@ def run_stack(cells: Sequence[Cell], tell: Callable[[str], None]) -> None:
             return
         with precision(mine[0].config):
             try:
+                ensure(mine[0].needs, Console(quiet=True))
                 given = inputs.read(mine[0].config, Console(quiet=True))
             except (ValueError, ImportError):
                 return
