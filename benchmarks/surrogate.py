@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     output_options(parser)
+    parser.set_defaults(dtype="float32")
     args = parser.parse_args()
     confine(args.threads)
     is_whole = args.speed_only is None
