@@ -26,6 +26,8 @@ from typing import Any
 import ase.io
 from common import confine, finish, output_options, settings
 
+from jaxft.surrogate.config import Speed
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 CONFIG = ROOT / "configs" / "surrogate" / "nacl.yaml"
@@ -94,7 +96,11 @@ def main() -> None:
     confine(args.threads)
     is_whole = args.speed_only is None
     result = whole(args.folder) if is_whole else against(args.speed_only, args.folder, args.turns)
-    result["settings"] = settings(args, torch=False, config=str(CONFIG.relative_to(ROOT)))
+    turns = Speed().turns if is_whole else args.turns
+    options = {"config": str(CONFIG.relative_to(ROOT)), "turns": turns}
+    result["settings"] = settings(args, torch=False, **options)
+    if not is_whole:  # in this process, not by the command, which sets its allocator
+        result["settings"]["malloc"] = {"jaxft": "default"}
     finish("surrogate", "nacl" if is_whole else args.speed_only, result, args)
 
 
