@@ -64,6 +64,7 @@ LAYERS = {
         "adapter",
         "presets",
         "study",
+        "surrogate",
         "inspection",
         "page",
     ],
