@@ -115,6 +115,8 @@ class Labels(NamedTuple):
     """[N, 3] eV/Å."""
     stress: Array
     """[G, 3, 3] eV/Å³, ASE sign."""
+    moments: Array | None = None
+    """[N] or [N, 3] µB, as the model's head predicts them; None for models without one."""
 
 
 class Weights(NamedTuple):
@@ -129,6 +131,8 @@ class Weights(NamedTuple):
     """[N]."""
     stress: Array
     """[G]."""
+    moments: Array | None = None
+    """[N]; None where there are no such labels."""
 
 
 class Batch(NamedTuple):
@@ -148,7 +152,8 @@ class Batch(NamedTuple):
 
 def totals_of(weights: Weights) -> Weights:
     """The sums of the weights of one batch, as scalars."""
-    return Weights(*(array.sum() for array in weights))
+    totals: Weights = jax.tree.map(lambda array: array.sum(), weights)
+    return totals
 
 
 def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
@@ -162,7 +167,7 @@ def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
       batches: at least one; static shapes may differ. Their weights count, not their totals.
     """
     own = [totals_of(batch.weights) for batch in batches]
-    shared = Weights(*(sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)))
+    shared = jax.tree.map(lambda *sums: sum(sums[1:], sums[0]), *own)
     return [batch._replace(totals=shared) for batch in batches]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxft.graph import Batch, Labels, Weights, totals_of
+from jaxft.moments import check_comparison, differences, offsets_of_means
 from jaxft.potential import Potential, Prediction, predict
 from jaxft.typing import Array, LossFn, Params
 
@@ -26,13 +27,16 @@ def weighted(
     forces: float = 100.0,
     stress: float = 0.0,
     virials: float = 0.0,
+    moments: float = 0.0,
     error: str = "mse",
     delta: float = 0.01,
+    compare: str = "magnitude",
 ) -> LossFn:
-    r"""Weighted mean errors of energy per atom, forces, stress and virials per atom.
+    r"""Weighted mean errors of energy per atom, forces, stress, virials per atom and moments.
 
     .. math:: \lambda_E \langle e(\Delta E/N) \rangle + \lambda_F \langle e(\Delta F) \rangle
               + \lambda_S \langle e(\Delta\sigma) \rangle + \lambda_V \langle e(\Delta V/N) \rangle
+              + \lambda_M \langle e(\Delta\mu) \rangle
 
     Each mean runs over what is labelled, Σ w e / W with W the sum of the weights in
     ``batch.totals``: a missing label is neither a zero nor part of the count, and weight 2 is the
@@ -55,15 +59,19 @@ def weighted(
       forces: λ_F; (eV/Å)⁻².
       stress: λ_S; (eV/Å³)⁻².
       virials: λ_V; (eV/atom)⁻², of V = −volume · σ.
+      moments: λ_M; µB⁻²; of models with a head for them, :func:`jaxft.surgery.add_moments`.
       error: a name of the table.
       delta: δ of ``huber`` and ``universal``, in the unit of each term.
+      compare: what of the moments, see :func:`jaxft.moments.differences`.
 
     Returns:
       A loss whose info holds ``energy``, ``forces``, ``stress``, and ``virials`` if it has weight:
-      the means, not multiplied by λ; and :func:`mean_squares` under the names ``SQUARES``.
+      the means, not multiplied by λ; :func:`mean_squares` under the names ``SQUARES``; and of
+      moments, where the batch carries any, :func:`moment_errors` and ``moments``.
 
     Raises:
-      ValueError: an unknown error, a negative λ, none that is positive, or δ not above 0.
+      ValueError: an unknown error or comparison, a negative λ, none that is positive, δ not above
+        0, or moments of a model that has none.
 
     Reference: mace-torch's ``WeightedEnergyForcesStressLoss``, ``WeightedEnergyForcesVirialsLoss``,
     ``WeightedHuberEnergyForcesStressLoss``, ``UniversalLoss`` and ``WeightedEnergyForcesL1L2Loss``,
@@ -72,8 +80,11 @@ def weighted(
     Huber function and scale the force that chooses δ, and ``huber`` and the forces of ``l2`` know
     no weights at all.
     """
-    lambdas = _lambdas(energy=energy, forces=forces, stress=stress, virials=virials)
+    lambdas = _lambdas(
+        energy=energy, forces=forces, stress=stress, virials=virials, moments=moments
+    )
     check_error(error, delta)
+    check_comparison(model, compare, moments)
 
     def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
         predicted = predict(model, params, batch.graph)
@@ -81,7 +92,14 @@ def weighted(
         if not virials:
             del found["virials"]
         squares = mean_squares(predicted, batch)
-        info = found | {SQUARES[name]: square for name, square in squares.items()}
+        info = {SQUARES[name]: square for name, square in squares.items()}
+        found |= moment_term(predicted, batch, error=error, delta=delta, compare=compare)
+        if moments and "moments" not in found:
+            raise ValueError(
+                "the loss weighs magnetic moments, and the batch carries none;\nprepare its frames "
+                "(jaxft.data.prepare) for the model with the head."
+            )
+        info = found | info | moment_errors(model, predicted, batch, compare=compare)
         return sum(lambdas[name] * term for name, term in found.items()), info
 
     return loss
@@ -116,6 +134,46 @@ def terms(
         ),
         "virials": _mean(jnp.mean(virials, axis=(-2, -1)), weights.stress, totals.stress),
     }
+
+
+def moment_term(
+    predicted: Prediction,
+    batch: Batch,
+    *,
+    error: str = "mse",
+    delta: float = 0.01,
+    compare: str = "magnitude",
+) -> dict[str, Array]:
+    """``{"moments": ⟨e(Δµ)⟩}`` over labelled atoms; empty where model or batch has no moments."""
+    if predicted.moments is None or batch.labels.moments is None:
+        return {}
+    errors = ERRORS[error].number(differences(predicted.moments, batch, compare), delta)
+    return {"moments": _mean_of_atoms(errors, batch)}
+
+
+MOMENT_ERRORS = ("moments_squares", "moments_errors", "moments_mean_errors")
+"""Where a loss's info holds :func:`moment_errors`."""
+
+
+def moment_errors(
+    model: Potential, predicted: Prediction, batch: Batch, *, compare: str = "magnitude"
+) -> dict[str, Array]:
+    """⟨Δµ²⟩ and ⟨|Δµ|⟩; and where magnitudes are compared ⟨|Δµ|⟩ of predicting, for each atom,
+    its element's mean."""
+    if predicted.moments is None or batch.labels.moments is None:
+        return {}
+    delta = differences(predicted.moments, batch, compare)
+    found = [delta**2, jnp.abs(delta)]
+    if compare == "magnitude":
+        found.append(jnp.abs(offsets_of_means(model, batch)))
+    means = (_mean_of_atoms(each, batch) for each in found)
+    return dict(zip(MOMENT_ERRORS, means, strict=False))
+
+
+def _mean_of_atoms(values: Array, batch: Batch) -> Array:
+    """Of [N] or [N, 3], by the weights of the moments."""
+    per_atom = values.reshape(len(values), -1).mean(axis=-1)
+    return _mean(per_atom, batch.weights.moments, batch.totals.moments)
 
 
 def outputs(

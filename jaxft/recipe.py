@@ -35,6 +35,7 @@ class KeysConfig(Strict):
     forces: str = "REF_forces"
     stress: str = "REF_stress"
     virials: str = "REF_virials"
+    moments: str = "REF_magmoms"
 
 
 @dataclass(frozen=True)

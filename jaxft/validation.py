@@ -14,7 +14,7 @@ from jaxft import data, parallel
 from jaxft.compilation import Ahead
 from jaxft.data import Dataset, Spread
 from jaxft.graph import Batch, Weights, totals_of
-from jaxft.loss import SQUARES, mean_squares
+from jaxft.loss import MOMENT_ERRORS, SQUARES, mean_squares
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, LossFn, Params
 
@@ -24,8 +24,12 @@ TOTALS = {
     **{name: name for name in METRICS},
     **{SQUARES[name]: name for name in METRICS},
     "virials": "stress",
+    **dict.fromkeys(("moments", *MOMENT_ERRORS), "moments"),
 }
 """Which sum of weights a mean is divided by."""
+
+MAE = {"moments_errors": "moments_mae", "moments_mean_errors": "moments_mean_mae"}
+"""Metrics that are means themselves."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,23 @@ class Validator:
         }
 
     def _judged(self, params: Params, batches: Spread) -> dict[str, float]:
-        counts = dict.fromkeys(METRICS, 0.0)
+        counts = dict.fromkeys((*METRICS, "moments"), 0.0)
         sums = dict.fromkeys((*self.weights, *SQUARES.values()), 0.0)
         for batch in batches.epoch(0):
             placed = parallel.spread(self.mesh, batch)
             means, totals = jax.device_get(self.programs(params, placed))
-            for name in METRICS:
-                counts[name] += float(getattr(totals, name))
+            for name in counts:
+                counts[name] += float(getattr(totals, name) or 0.0)
             for name, mean in means.items():
-                sums[name] += float(mean) * float(getattr(totals, TOTALS[name]))
+                weighed = float(mean) * float(getattr(totals, TOTALS[name]))
+                sums[name] = sums.get(name, 0.0) + weighed
         found = {
             name: math.sqrt(sums[SQUARES[name]] / counts[name]) for name in METRICS if counts[name]
         }
+        if counts["moments"]:
+            found["moments"] = math.sqrt(sums["moments_squares"] / counts["moments"])
+            present = {name: metric for name, metric in MAE.items() if name in sums}
+            found |= {metric: sums[name] / counts["moments"] for name, metric in present.items()}
         labelled = {n: weight for n, weight in self.weights.items() if counts[TOTALS[n]]}
         if labelled:
             found["loss"] = sum(w * sums[n] / counts[TOTALS[n]] for n, w in labelled.items())
@@ -88,9 +97,11 @@ def validator(
 ) -> Validator:
     """A function ``params -> {<set>/<metric>: value}``.
 
-    Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å) and ``stress`` (eV/Å³), where a
-    set has such labels, and the weighted ``loss`` of its terms that have any. All are summed over
-    the set and divided once, so they depend neither on the batches nor on the devices.
+    Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å), ``stress`` (eV/Å³) and
+    ``moments`` (µB; with ``moments_mae``, and ``moments_mean_mae`` of predicting each element's
+    mean), where a set has such labels, and the weighted ``loss`` of its terms that have any. All
+    are summed over the set and divided once, so they depend neither on the batches nor on the
+    devices.
 
     Args:
       model: the potential.
@@ -118,7 +129,7 @@ def validator(
             like = jax.tree.map(lambda leaf: leaf.astype(batch.graph.vectors.dtype), params)
             squares = mean_squares(predict(model, like, batch.graph), batch)
             means = means | {SQUARES[name]: mean for name, mean in squares.items()}
-        wanted = (*weights, *SQUARES.values())
+        wanted = (*weights, *SQUARES.values(), *(n for n in MOMENT_ERRORS if n in means))
         return parallel.total({name: means[name] for name in wanted}), totals
 
     programs = Ahead(parallel.per_device(mesh, measured), pool=pool, report=report)

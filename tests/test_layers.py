@@ -18,7 +18,17 @@ LAYERS = {
     0: ["tree", "typing", "version", "compilation", "document", "hugepages", "postponed"],
     1: ["graph", "source", "parallel"],
     2: ["models", "data", "strategies"],
-    3: ["potential", "loss", "fisher", "fisherfile", "calibration", "surgery", "testing"],
+    3: [
+        "potential",
+        "loss",
+        "moments",
+        "fisher",
+        "fisherfile",
+        "calibration",
+        "surgery",
+        "momenthead",
+        "testing",
+    ],
     4: [
         "train",
         "progress",

@@ -36,6 +36,8 @@ class Sample(NamedTuple):
     head: int
     features: dict[str, np.ndarray]
     """[] or [in_dim] per graph, [n, …] per atom."""
+    moments: tuple[np.ndarray, ...] = ()
+    """Magnetic moments and their weights [n], for models with a head for them."""
 
 
 def best_width(degrees: Sequence[np.ndarray]) -> int:
@@ -57,6 +59,7 @@ def sample_of(
     features: dict[str, np.ndarray],
     r_max: float,
     width: int,
+    moments: tuple[np.ndarray, ...] = (),
 ) -> Sample:
     """Lay the edges of each atom out in rows of ``width`` slots; free slots hold padding."""
     degree = np.bincount(edges.receivers, minlength=len(frame))
@@ -81,6 +84,7 @@ def sample_of(
         *_labels(frame, e0),
         head,
         features,
+        moments,
     )
 
 

@@ -51,6 +51,7 @@ def batch():
         r_max=3.0,
         e0s=np.zeros((1, 2)),
         embeddings=(),
+        moments=None,
         head_index=lambda head: 0,
     )
     (found,) = data.epoch(data.prepare(frames, model), 3, dtype="float64")
