@@ -32,13 +32,22 @@ KINDS = ("collinear", "signed", "vector")
 
 
 def awake(params, seed=0):
-    """The parameters with random numbers wherever a head begins at zero."""
+    """The parameters with random numbers wherever a head begins at zero; the hidden vectors of the
+    tiny model are short, and their products are to be of about 1 µB."""
     rng = np.random.default_rng(seed)
     head = {
         path: jnp.asarray(leaf + rng.normal(scale=0.3, size=leaf.shape))
+        * (12 if path.endswith("1o") else 1)
         for path, leaf in tree.flatten(params["moments"]).items()
     }
     return {**params, "moments": tree.unflatten(head)}
+
+
+SHAPE = data.Shape(48, 160, 6)
+
+
+def packed(model, frames, order):
+    return data.pack(data.prepare(frames, model, row_width=8), order, SHAPE, "float64")
 
 
 class Head:
@@ -50,10 +59,14 @@ class Head:
         self.jitted = jax.jit(functools.partial(predict, self.model))
 
     def __call__(self, atoms, params=None):
-        frame = data.unlabelled(atoms)
-        dataset = data.prepare([frame], self.model, row_width=8)
-        batch = data.pack(dataset, [0], data.Shape(10, 60, 2), "float64")
-        return jax.tree.map(np.asarray, self.jitted(params or self.params, batch.graph)), len(atoms)
+        """Prediction (numpy) of one structure, and its number of atoms."""
+        out, _ = self.of([data.unlabelled(atoms)], [0], params)
+        return jax.tree.map(np.asarray, out), len(atoms)
+
+    def of(self, frames, order, params=None):
+        """Prediction and batch, all in one static shape: compiling is what costs time."""
+        batch = packed(self.model, frames, order)
+        return self.jitted(params or self.params, batch.graph), batch
 
     def moments(self, atoms, params=None):
         out, n = self(atoms, params)
@@ -61,8 +74,17 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def heads(tiny):
-    return {kind: Head(tiny, kind) for kind in KINDS}
+def heads(tiny, small):
+    """Vectors of a model whose last layer has none, as usual; for the others one layer will do."""
+    return {kind: Head(tiny if kind == "vector" else small, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def bases(tiny, small, predictor):
+    """What the heads were added to."""
+    one = jax.jit(functools.partial(predict, small[0]))
+    of_tiny, of_small = (*tiny, predictor), (*small, one)
+    return {kind: of_tiny if kind == "vector" else of_small for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +121,14 @@ def test_a_model_without_the_head_is_what_it_was(tiny, predictor, batch) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_base_is_reproduced_and_magnitudes_begin_at_the_means(
-    kind, heads, tiny, crystal, predictor
+    kind, heads, bases, crystal
 ) -> None:
-    head = heads[kind]
+    head, (model, params, jitted) = heads[kind], bases[kind]
     out, n = head(crystal, head.start)
-    frame = data.unlabelled(crystal)
-    dataset = data.prepare([frame], tiny[0], row_width=8)
-    graph = data.pack(dataset, [0], data.Shape(10, 60, 2), "float64").graph
-    expected = predictor(tiny[1], graph)
-    np.testing.assert_array_equal(out.energy, expected.energy)
+    expected = jitted(params, packed(model, [data.unlabelled(crystal)], [0]).graph)
+    np.testing.assert_array_equal(out.energy[0], expected.energy[0])
     np.testing.assert_allclose(out.forces, expected.forces, atol=EXACT)
+    np.testing.assert_allclose(out.stress, expected.stress, atol=EXACT)
     if kind == "vector":
         assert (np.linalg.norm(out.moments[:n], axis=-1) > 0).all()
     else:
@@ -171,7 +191,7 @@ def test_the_energy_does_not_change_under_time_reversal(kind, leaves, heads, cry
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forces_and_stress_are_finite_differences_with_the_moments_in_the_energy(
-    kind, heads, tiny, crystal, predictor
+    kind, heads, crystal
 ) -> None:
     head, step = heads[kind], 1e-4
     out, _ = head(crystal)
@@ -193,7 +213,7 @@ def test_forces_and_stress_are_finite_differences_with_the_moments_in_the_energy
     assert abs(out.forces[2, 1] - asleep.forces[2, 1]) > 1e-3
 
 
-def test_atoms_far_apart_exchange_nothing(heads, tiny) -> None:
+def test_atoms_far_apart_exchange_nothing(heads) -> None:
     """Extensive, and smooth at the cutoff."""
     head = heads["collinear"]
 
@@ -201,16 +221,9 @@ def test_atoms_far_apart_exchange_nothing(heads, tiny) -> None:
         atoms = ase.Atoms("Na2", [[0, 0, 0], [0, 0, distance]])
         return head(atoms)[0].energy[0]
 
-    r_max = tiny[0].r_max
+    r_max = head.model.r_max
     assert energy(r_max - 1e-3) == pytest.approx(energy(r_max + 1.0), abs=1e-7)
     assert abs(energy(0.6 * r_max) - energy(r_max + 1.0)) > 1e-4
-
-
-def predicted(head, frames, order, shape=(64, 140, 7)):
-    batch = data.pack(
-        data.prepare(frames, head.model, row_width=8), order, data.Shape(*shape), "float64"
-    )
-    return head.jitted(head.params, batch.graph), batch
 
 
 def test_a_missing_label_is_left_out_and_weight_two_is_the_frame_twice(heads, labelled) -> None:
@@ -221,8 +234,8 @@ def test_a_missing_label_is_left_out_and_weight_two_is_the_frame_twice(heads, la
         return {
             k: float(v)
             for k, v in (
-                loss.moment_term(*predicted(head, frames, order), error="huber")
-                | loss.moment_errors(head.model, *predicted(head, frames, order))
+                loss.moment_term(*head.of(frames, order), error="huber")
+                | loss.moment_errors(head.model, *head.of(frames, order))
             ).items()
         }
 
@@ -236,7 +249,7 @@ def test_a_missing_label_is_left_out_and_weight_two_is_the_frame_twice(heads, la
         assert value == pytest.approx(doubled[name], rel=1e-12), name
         assert value != pytest.approx(whole[name], rel=1e-3), name
     # written out: the mean over labelled atoms
-    out, batch = predicted(head, plain, [0, 1, 2])
+    out, batch = head.of(plain, [0, 1, 2])
     has = np.asarray(batch.weights.moments) > 0
     assert has.sum() == len(plain[0]) + len(plain[2])
     labels = np.concatenate([np.abs(plain[i].moments) for i in (0, 2)])
@@ -250,16 +263,18 @@ def test_a_missing_label_is_left_out_and_weight_two_is_the_frame_twice(heads, la
 
 def test_shares_of_devices_and_micro_batches_add_up(heads, labelled) -> None:
     head = heads["collinear"]
-    dataset = data.prepare(labelled, head.model, row_width=8)
-    out, batch = predicted(head, labelled, range(4))
-    whole = float(loss.moment_term(out, batch)["moments"])
-    spread = Spread(data.alone(dataset, 4), seed=None, dtype="float64", parts=2)
-    ((first,), (second,)) = next(spread.batches(0))
-    parts = with_shared_totals([first, second])
-    assert float(totals_of(first.weights).moments) != float(parts[0].totals.moments)
-    jitted = jax.jit(functools.partial(predict, head.model))
-    shares = [loss.moment_term(jitted(head.params, b.graph), b)["moments"] for b in parts]
+    whole = float(loss.moment_term(*head.of(labelled, range(4)))["moments"])
+    outs, batches = zip(*(head.of(labelled, order) for order in ([0, 1], [2, 3])), strict=True)
+    shared = with_shared_totals(batches)
+    assert float(totals_of(batches[0].weights).moments) < float(shared[0].totals.moments)
+    shares = [
+        loss.moment_term(out, batch)["moments"] for out, batch in zip(outs, shared, strict=True)
+    ]
     assert float(sum(shares)) == pytest.approx(whole, rel=1e-12)
+    dataset = data.prepare(labelled, head.model, row_width=8)
+    spread = Spread(data.alone(dataset, 4), seed=None, dtype="float64", parts=2)
+    parts = [part for (part,) in next(spread.batches(0))]
+    assert sum(float(part.totals.moments) for part in parts) == float(shared[0].totals.moments)
 
 
 def test_comparisons_know_what_is_arbitrary(heads, labelled) -> None:
@@ -273,7 +288,7 @@ def test_comparisons_know_what_is_arbitrary(heads, labelled) -> None:
     ]
 
     def terms(frames):
-        out, batch = predicted(head, frames, range(4))
+        out, batch = head.of(frames, range(4))
         return {
             c: float(loss.moment_term(out, batch, compare=c)["moments"])
             for c in moments.COMPARISONS
@@ -318,10 +333,8 @@ def test_the_gradient_of_the_loss_reaches_head_and_trunk(small, labelled) -> Non
 @pytest.mark.parametrize("kind", ["collinear", "vector"])
 def test_blocks_give_the_same_moments_and_energy(kind, heads, crystal) -> None:
     head = heads[kind]
-    dataset = data.prepare([data.unlabelled(crystal)], head.model, row_width=8)
-    graph = data.pack(dataset, [0], data.Shape(12, 60, 2), "float64").graph
-    whole = head.jitted(head.params, graph)
-    blocks = head.jitted(head.params, in_blocks(graph, 3, r_max=head.model.r_max))
+    whole, batch = head.of([data.unlabelled(crystal)], [0])
+    blocks = head.jitted(head.params, in_blocks(batch.graph, 3, r_max=head.model.r_max))
     for name in ("energy", "forces", "stress", "moments"):
         a, b = (np.asarray(getattr(out, name)) for out in (whole, blocks))
         np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(a).max(), err_msg=name)
@@ -330,16 +343,14 @@ def test_blocks_give_the_same_moments_and_energy(kind, heads, crystal) -> None:
 def test_surgery_on_elements_and_heads_keeps_the_moments(heads, crystal) -> None:
     head = heads["collinear"]
     before, n = head(crystal)
-    frame = data.unlabelled(crystal)
-    for model, params in (
-        surgery.select_elements(head.model, head.params, ["Cl", "Na"]),
-        surgery.add_element(head.model, head.params, "K", like="Na", e0s=-1.0),
-        surgery.add_head(head.model, head.params, "other"),
-    ):
-        (after,) = predict_frames(model, params, [frame], head=model.heads[0])
-        np.testing.assert_allclose(after.moments, before.moments[:n], rtol=1e-10)
-        np.testing.assert_allclose(after.forces, before.forces[:n], atol=1e-10)
-        np.testing.assert_array_equal(after.mean_moments, [MEANS[z] for z in crystal.numbers])
+    model, params = surgery.select_elements(head.model, head.params, ["Cl", "Na", "O"])
+    model, params = surgery.add_element(model, params, "K", like="Na", e0s=-1.0)
+    model, params = surgery.add_head(model, params, "other")
+    (after,) = predict_frames(model, params, [data.unlabelled(crystal)], head="other")
+    np.testing.assert_allclose(after.moments, before.moments[:n], rtol=1e-10)
+    np.testing.assert_allclose(after.forces, before.forces[:n], atol=1e-10)
+    np.testing.assert_array_equal(after.mean_moments, [MEANS[z] for z in crystal.numbers])
+    assert model.mean_moments[model.atomic_numbers.index(19)] == MEANS[11]
 
 
 @pytest.mark.parametrize(
