@@ -24,7 +24,9 @@ from jaxft.data import Frame, Keys, Spread
 from jaxft.evaluate.errors import errors
 from jaxft.evaluate.predictions import predict_file, predict_frames
 from jaxft.graph import in_blocks, totals_of, with_shared_totals
+from jaxft.inspection import of_bundle
 from jaxft.objective import outputs
+from jaxft.page import rows
 
 EXACT = 1e-11
 MEANS = {11: 1.5, 17: 0.2, 8: 0.0}
@@ -416,6 +418,8 @@ def test_a_bundle_keeps_the_head(heads, crystal, tmp_path) -> None:
     assert model.digest == head.model.digest
     (found,) = predict_frames(model, params, [data.unlabelled(crystal)])
     np.testing.assert_allclose(found.moments, head.moments(crystal), atol=1e-13)
+    told = dict(rows(of_bundle(tmp_path / "m.jaxft")))
+    assert told["magnetic moments"] == "vector, adds to the energy"
     without = {k: v for k, v in model.buffers.items() if not k.startswith("moments")}
     with pytest.raises(bundle.BundleError, match="disagree on the moments"):
         jaxft.save(tmp_path / "n.jaxft", replace(model, buffers=without), params)
@@ -494,11 +498,11 @@ def test_errors_stand_beside_those_of_the_means(heads, labelled) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small, frames) -> Path:
-    """small.jaxft and frames.xyz, on which moments follow from the neighbours; two lack them."""
+    """small.jaxft and frames.xyz, on which moments follow from the forces; one lacks them."""
     folder = tmp_path_factory.mktemp("moments")
     jaxft.save(folder / "small.jaxft", *small)
     images = []
-    for i, frame in enumerate(frames):
+    for i, frame in enumerate(frames[2:6]):
         atoms = ase.Atoms(frame.atomic_numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
         atoms.info["REF_energy"] = frame.energy
         atoms.arrays["REF_forces"] = frame.forces
@@ -519,6 +523,7 @@ def settings(folder: Path, output: Path, **changes):
         "valid": f"[{folder / 'frames.xyz'}]",
         "test": f"{{all: {{files: {folder / 'frames.xyz'}}}}}",
         "epochs": 2,
+        "batch_size": 8,
         "dtype": "float64",
         "e0s": "foundation",
     } | changes
@@ -529,10 +534,10 @@ def test_a_config_adds_the_head_trains_and_keeps_it(folder, tmp_path) -> None:
     recipe = '[{strategy: lora, rank: 1, also_train: "moments/**"}]'
     asked = settings(folder, tmp_path / "run", recipe=recipe, **{"loss.error": "mse"})
     result = run.finetune(asked)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["valid/moments_mae"] == pytest.approx(rows[0]["valid/moments_mean_mae"])
-    assert rows[-1]["valid/moments"] < rows[0]["valid/moments"]
-    assert rows[-1]["valid/moments_mean_mae"] == rows[0]["valid/moments_mean_mae"]
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert log[0]["valid/moments_mae"] == pytest.approx(log[0]["valid/moments_mean_mae"])
+    assert log[-1]["valid/moments"] < log[0]["valid/moments"]
+    assert log[-1]["valid/moments_mean_mae"] == log[0]["valid/moments_mean_mae"]
     model, params = jaxft.load(result.path, dtype="float64")
     assert model.moments.kind == "collinear"
     assert not model.moments.energy
@@ -555,7 +560,7 @@ def test_a_config_adds_the_head_trains_and_keeps_it(folder, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"moments": "null"}, "has no head for magnetic moments;\nadd one"),
+        ({"moments": "null", "recipe": "[]"}, "has no head for magnetic moments;\nadd one"),
         ({"loss.moments": 0, "loss.forces": 1}, "nothing would train it: loss.moments is 0"),
         ({"recipe": "[{strategy: freeze, where: moments/**}]"}, "freezes all of it"),
         ({"keys.moments": "spins"}, "has moments under the key 'spins'"),
