@@ -102,15 +102,23 @@ def fitted(
     return model, merge(RECIPES[recipe], state)
 
 
-def kept(path: Path, rows: list[dict], settings: dict) -> list[dict]:
+def write(path: Path, rows: list[dict], settings: dict) -> None:
     """The new rows, and those of other folds that the same settings gave before."""
     known = json.loads(path.read_text()) if path.exists() else {"settings": None}
     done = {row["fold"] for row in rows}
     old = known["rows"] if known["settings"] == settings else []
-    return sorted(
-        [*(row for row in old if row["fold"] not in done), *rows],
-        key=lambda row: (row["recipe"], row["fold"]),
-    )
+    merged = [*(row for row in old if row["fold"] not in done), *rows]
+    merged.sort(key=lambda row: (row["recipe"], row["fold"]))
+    document = {
+        "unit": "mµB, mean over the atoms of the held-out frames",
+        "total": totals(merged),
+        "rows": merged,
+        "settings": settings,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"jaxft": jaxft.__version__, "jax": jax.__version__}
+        | {"python": platform.python_version()},
+    }
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def totals(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -172,21 +180,9 @@ def main() -> None:
             )
             print(json.dumps(rows[-1]), flush=True)
         jax.clear_caches()
-    rows = kept(args.output, rows, settings)
-    total = totals(rows)
-    for name, found in total.items():
+        write(args.output, rows, settings)
+    for name, found in json.loads(args.output.read_text())["total"].items():
         print(f"{name}: {found}")
-    document = {
-        "unit": "mµB, mean over the atoms of the held-out frames",
-        "total": total,
-        "rows": rows,
-        "settings": settings,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {"jaxft": jaxft.__version__, "jax": jax.__version__}
-        | {"python": platform.python_version()},
-    }
-    args.output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
