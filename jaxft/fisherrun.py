@@ -49,7 +49,7 @@ def estimate_fisher(
       ValueError, FileExistsError: input that cannot be used.
     """
     bundle.refuse_existing(output)
-    begin = inputs.computing(config, inputs.start(config))
+    begin = inputs.computing(config, inputs.with_moments(config, inputs.start(config)))
     head = head or begin.like or config.head
     frames = data.without_isolated_atoms(data.read(files, keys=inputs.keys(config)))
     prepared = data.prepare(

@@ -56,8 +56,9 @@ class FitSettings:
     patience: int | None = None
     """Epochs without a better ``metric`` before the run stops; None never stops early."""
     metric: str = "loss"
-    """What chooses the best epoch: ``loss`` (the weighted validation loss), ``energy``, ``forces``
-    or ``stress`` (validation RMSE), or one of them of a watched set, ``replay/forces``."""
+    """What chooses the best epoch: ``loss`` (the weighted validation loss), ``energy``, ``forces``,
+    ``stress`` or ``moments`` (validation RMSE), or one of them of a watched set, as in
+    ``replay/forces``."""
     plateau: Plateau | None = None
     """Lowers the learning rate when ``metric`` no longer falls."""
     max_seconds: float | None = None
@@ -70,7 +71,7 @@ class FitSettings:
     """λ of the loss's terms, for the validation loss."""
 
     def __post_init__(self) -> None:
-        known = ("loss", *METRICS)
+        known = ("loss", *METRICS, "moments")
         if self.metric.rpartition("/")[2] not in known:
             raise ValueError(f"metric {self.metric!r} is unknown; use one of {', '.join(known)}.")
         for name in ("epochs", "batch_size", "accumulate", "keep_checkpoints"):
@@ -260,7 +261,8 @@ def check_metric(metric: str, watched: Iterable[str]) -> None:
         raise ValueError(
             f"metric {metric!r} is of a set that is not watched (watched: "
             f"{', '.join(map(repr, known)) or 'none'});\n"
-            "use loss, energy, forces or stress of the validation set, or name a watched set."
+            "use loss, energy, forces, stress or moments of the validation set, or name a watched "
+            "set."
         )
 
 

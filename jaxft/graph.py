@@ -115,6 +115,8 @@ class Labels(NamedTuple):
     """[N, 3] eV/Å."""
     stress: Array
     """[G, 3, 3] eV/Å³, ASE sign."""
+    moments: Array | None = None
+    """[N] or [N, 3] µB, as the model's head predicts them; None for models without one."""
 
 
 class Weights(NamedTuple):
@@ -129,6 +131,8 @@ class Weights(NamedTuple):
     """[N]."""
     stress: Array
     """[G]."""
+    moments: Array | None = None
+    """[N]; None where there are no such labels."""
 
 
 class Curvature(NamedTuple):
@@ -163,7 +167,8 @@ class Batch(NamedTuple):
 
 def totals_of(weights: Weights) -> Weights:
     """The sums of the weights of one batch, as scalars."""
-    return Weights(*(array.sum() for array in weights))
+    totals: Weights = jax.tree.map(lambda array: array.sum(), weights)
+    return totals
 
 
 def with_totals(batch: Batch, totals: Weights, curvature: Array) -> Batch:
@@ -184,7 +189,7 @@ def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
       batches: at least one; static shapes may differ. Their weights count, not their totals.
     """
     own = [totals_of(batch.weights) for batch in batches]
-    shared = Weights(*(sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)))
+    shared = jax.tree.map(lambda *sums: sum(sums[1:], sums[0]), *own)
     curvature = sum(b.curvature.weight.sum() for b in batches if b.curvature is not None)
     return [with_totals(batch, shared, curvature) for batch in batches]
 

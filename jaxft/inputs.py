@@ -10,7 +10,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from rich.console import Console
 from rich.table import Table
 
-from jaxft import bundle, data, surgery
+from jaxft import bundle, data, surgery, tree
 from jaxft import config as configs
 from jaxft.adapter import digest_of
 from jaxft.config import Config
@@ -74,6 +74,25 @@ def start(config: Config) -> Start:
     return Start(model, jax.tree.map(jax.numpy.asarray, params), known, like)
 
 
+def with_moments(config: Config, begin: Start, train: Sequence[Frame] = ()) -> Start:
+    """The same start, with the head for magnetic moments that the config asks for; it begins at the
+    means of the training labels.
+
+    Raises:
+      ValueError: as :func:`jaxft.surgery.add_moments`; or the labels are of no use to the head.
+    """
+    if config.moments is None:
+        return begin
+    model, params = surgery.add_moments(
+        begin.base,
+        begin.params,
+        means=data.mean_moments(train),
+        seed=config.seed,
+        **config.moments.model_dump(),
+    )
+    return replace(begin, base=model, params=params)
+
+
 def computing(config: Config, begin: Start) -> Start:
     """The same start, with the backend that the config asks for.
 
@@ -85,7 +104,7 @@ def computing(config: Config, begin: Start) -> Start:
 
 def recipe(config: Config) -> tuple[Recipe, Params]:
     """The recipe of a config and the parameters that it acts on; reads data if strategies do."""
-    begin = start(config)
+    begin = with_moments(config, start(config))
     frames: list[Frame] = []
     if any(isinstance(entry, Replay) and entry.select is not None for entry in config.recipe):
         frames = labelled_frames(config)[0]
@@ -109,11 +128,13 @@ def read(config: Config, console: Console) -> Inputs:
     _check_labels(config, fitted[0], fitted[1])
     for frames in (*fitted, *tests.values()):
         data.check_elements(frames, begin.base.atomic_numbers)
+    begin = with_moments(config, begin, fitted[0])
     for name, frames in tests.items():
         data.require_any_label(frames, keys=names)
         begin.base.head_index(_test_head(config, name))
     setting = _setting(config, begin, begin.base, fitted[0])
     strategies, watched = _recipe(config, setting)
+    _check_moments(config, begin, strategies)
     _check_sources(config, setting, strategies)
     _check_metric(config, watched, names)
     console.print(describe(strategies, begin.params).splitlines()[-1], highlight=False)
@@ -188,6 +209,28 @@ def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]
     # second derivatives are dear: frames to judge by energies and forces may do without
     wanted = [name for name in wanted if name != "hessian"] or wanted
     data.require_labels(valid, wanted + [name for name in judged_by if "/" not in name], keys=names)
+
+
+def _check_moments(config: Config, begin: Start, strategies: Recipe) -> None:
+    """A loss with moments needs a head for them, and a new head needs training."""
+    if config.loss.moments and begin.base.moments is None:
+        raise ValueError(
+            "loss.moments is above 0, but the model has no head for magnetic moments;\nadd one: "
+            "moments: {kind: collinear}."
+        )
+    if config.moments is None:
+        return
+    if not config.loss.moments:
+        raise ValueError(
+            "a head for magnetic moments is added, and nothing would train it: loss.moments is "
+            "0;\ngive it a weight, such as 1."
+        )
+    trains = base.trains(strategies, begin.params)
+    if not any(flag for path, flag in tree.flatten(trains).items() if path.startswith("moments/")):
+        raise ValueError(
+            "a head for magnetic moments is added, and the recipe freezes all of it;\ntrain it: "
+            'also_train: "moments/**" of its strategy, or except: "moments/**" of freeze.'
+        )
 
 
 def _recipe(
@@ -315,12 +358,14 @@ def _e0s(
 def _coverage(sets: Mapping[str, Sequence[Frame]]) -> Table:
     table = Table(title="frames and labels", title_justify="left")
     table.add_column("set")
-    for heading in ("frames", "energy", "forces", "stress"):
+    covered = {name: data.coverage(frames) for name, frames in sets.items()}
+    headings = ["frames", "energy", "forces", "stress"]
+    headings += ["moments"] * any(found.moments for found in covered.values())
+    for heading in headings:
         table.add_column(heading, justify="right")
     table.add_column("atoms by element")
-    for name, frames in sets.items():
-        found = data.coverage(frames)
-        counts = (found.frames, found.energy, found.forces, found.stress)
+    for name, found in covered.items():
+        counts = (getattr(found, heading) for heading in headings)
         elements = " ".join(f"{symbol} {n}" for symbol, n in found.elements.items())
         table.add_row(name, *(str(count) for count in counts), elements)
     return table

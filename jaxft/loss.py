@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.graph import Batch, Curvature, Labels, Weights, totals_of
+from jaxft.moments import check_comparison, differences, offsets_of_means
 from jaxft.potential import Potential, Prediction, predict, predict_along
 from jaxft.typing import Array, LossFn, Params
 
@@ -28,14 +29,16 @@ def weighted(
     stress: float = 0.0,
     virials: float = 0.0,
     hessian: float = 0.0,
+    moments: float = 0.0,
     error: str = "mse",
     delta: float = 0.01,
+    compare: str = "magnitude",
 ) -> LossFn:
-    r"""Weighted mean errors of energy per atom, forces, stress, virials per atom and curvature.
+    r"""Weighted mean errors of energy, forces, stress, virials, curvature and magnetic moments.
 
     .. math:: \lambda_E \langle e(\Delta E/N) \rangle + \lambda_F \langle e(\Delta F) \rangle
               + \lambda_S \langle e(\Delta\sigma) \rangle + \lambda_V \langle e(\Delta V/N) \rangle
-              + \lambda_H \langle e(\Delta Hv) \rangle
+              + \lambda_H \langle e(\Delta Hv) \rangle + \lambda_M \langle e(\Delta\mu) \rangle
 
     Each mean runs over what is labelled, Σ w e / W with W the sum of the weights in
     ``batch.totals``: a missing label is neither a zero nor part of the count, and weight 2 is the
@@ -60,17 +63,21 @@ def weighted(
       virials: λ_V; (eV/atom)⁻², of V = −volume · σ.
       hessian: λ_H; (eV/Å)⁻², of the Hessian times the displacement that the batch carries for each
         frame, see :func:`jaxft.data.prepare`. Batches without such labels do not pay for it.
+      moments: λ_M; µB⁻²; of models with a head for them, :func:`jaxft.surgery.add_moments`.
       error: a name of the table.
       delta: δ of ``huber`` and ``universal``, in the unit of each term.
+      compare: what of the moments, see :func:`jaxft.moments.differences`.
 
     Returns:
       A loss whose info holds ``energy``, ``forces``, ``stress``, and ``virials`` and ``hessian`` if
-      they have weight: the means, not multiplied by λ; and :func:`mean_squares` under the names
-      ``SQUARES``, that of the Hessian under ``HESSIAN_SQUARES``.
+      they have weight: the means, not multiplied by λ; :func:`mean_squares` under the names
+      ``SQUARES``, that of the Hessian under ``HESSIAN_SQUARES``; and of moments, where the batch
+      carries any, :func:`moment_errors` and ``moments``.
 
     Raises:
-      ValueError: an unknown error, a negative λ, none that is positive, or δ not above 0; while it
-        is compiled, that the Hessian has weight and the batch was prepared without displacements.
+      ValueError: an unknown error or comparison, a negative λ, none that is positive, δ not above
+        0, or moments of a model that has none; while it is compiled, that the Hessian or moments
+        have weight and the batch was prepared without them.
 
     Reference: the Hessian of random columns after Koker et al., arXiv:2601.07742, of random
     directions after arXiv:2603.04523. All else: mace-torch's
@@ -82,9 +89,15 @@ def weighted(
     no weights at all.
     """
     lambdas = _lambdas(
-        energy=energy, forces=forces, stress=stress, virials=virials, hessian=hessian
+        energy=energy,
+        forces=forces,
+        stress=stress,
+        virials=virials,
+        hessian=hessian,
+        moments=moments,
     )
     check_error(error, delta)
+    check_comparison(model, compare, moments)
 
     def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
         predicted, product = _predicted(model, params, batch, is_curved=hessian > 0)
@@ -92,12 +105,18 @@ def weighted(
         if not virials:
             del found["virials"]
         squares = mean_squares(predicted, batch)
-        info = found | {SQUARES[name]: square for name, square in squares.items()}
+        info = {SQUARES[name]: square for name, square in squares.items()}
         given = batch.curvature
         if product is not None and given is not None:
             found["hessian"] = curvature_term(product, given, error=error, delta=delta)
-            info["hessian"] = found["hessian"]
             info[HESSIAN_SQUARES] = curvature_term(product, given)
+        found |= moment_term(predicted, batch, error=error, delta=delta, compare=compare)
+        if moments and "moments" not in found:
+            raise ValueError(
+                "the loss weighs magnetic moments, and the batch carries none;\nprepare its frames "
+                "(jaxft.data.prepare) for the model with the head."
+            )
+        info = found | info | moment_errors(model, predicted, batch, compare=compare)
         return sum(lambdas[name] * term for name, term in found.items()), info
 
     return loss
@@ -165,6 +184,46 @@ def _predicted(
         lambda params: (predict(model, params, graph), jnp.zeros_like(given.probe)),
         params,
     )
+
+
+def moment_term(
+    predicted: Prediction,
+    batch: Batch,
+    *,
+    error: str = "mse",
+    delta: float = 0.01,
+    compare: str = "magnitude",
+) -> dict[str, Array]:
+    """``{"moments": ⟨e(Δµ)⟩}`` over labelled atoms; empty where model or batch has no moments."""
+    if predicted.moments is None or batch.labels.moments is None:
+        return {}
+    errors = ERRORS[error].number(differences(predicted.moments, batch, compare), delta)
+    return {"moments": _mean_of_atoms(errors, batch)}
+
+
+MOMENT_ERRORS = ("moments_squares", "moments_errors", "moments_mean_errors")
+"""Where a loss's info holds :func:`moment_errors`."""
+
+
+def moment_errors(
+    model: Potential, predicted: Prediction, batch: Batch, *, compare: str = "magnitude"
+) -> dict[str, Array]:
+    """⟨Δµ²⟩ and ⟨|Δµ|⟩; and where magnitudes are compared ⟨|Δµ|⟩ of predicting, for each atom,
+    its element's mean."""
+    if predicted.moments is None or batch.labels.moments is None:
+        return {}
+    delta = differences(predicted.moments, batch, compare)
+    found = [delta**2, jnp.abs(delta)]
+    if compare == "magnitude":
+        found.append(jnp.abs(offsets_of_means(model, batch)))
+    means = (_mean_of_atoms(each, batch) for each in found)
+    return dict(zip(MOMENT_ERRORS, means, strict=False))
+
+
+def _mean_of_atoms(values: Array, batch: Batch) -> Array:
+    """Of [N] or [N, 3], by the weights of the moments."""
+    per_atom = values.reshape(len(values), -1).mean(axis=-1)
+    return _mean(per_atom, batch.weights.moments, batch.totals.moments)
 
 
 def outputs(

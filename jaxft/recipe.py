@@ -37,6 +37,7 @@ class KeysConfig(Strict):
     virials: str = "REF_virials"
     hessian: str = "REF_hvp"
     probe: str = "probe"
+    moments: str = "REF_magmoms"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxft import data, parallel
 from jaxft.compilation import Ahead
 from jaxft.data import Dataset, Spread
 from jaxft.graph import Batch, totals_of, with_totals
-from jaxft.loss import HESSIAN_SQUARES, SQUARES, mean_squares
+from jaxft.loss import HESSIAN_SQUARES, MOMENT_ERRORS, SQUARES, mean_squares
 from jaxft.potential import Potential, predict
 from jaxft.typing import Array, LossFn, Params
 
@@ -27,8 +27,12 @@ TOTALS = {
     "virials": "stress",
     "hessian": "hessian",
     HESSIAN_SQUARES: "hessian",
+    **dict.fromkeys(("moments", *MOMENT_ERRORS), "moments"),
 }
 """Which sum of weights a mean is divided by."""
+
+MAE = {"moments_errors": "moments_mae", "moments_mean_errors": "moments_mean_mae"}
+"""Metrics that are means themselves."""
 
 
 def squares_of(weights: Mapping[str, float]) -> dict[str, str]:
@@ -79,6 +83,10 @@ class Validator:
             for name, square in squares.items()
             if counts[name]
         }
+        if counts.get("moments"):
+            found["moments"] = math.sqrt(sums["moments_squares"] / counts["moments"])
+            present = {name: metric for name, metric in MAE.items() if name in sums}
+            found |= {metric: sums[name] / counts["moments"] for name, metric in present.items()}
         labelled = {n: weight for n, weight in self.weights.items() if counts[TOTALS[n]]}
         if labelled:
             found["loss"] = sum(w * sums[n] / counts[TOTALS[n]] for n, w in labelled.items())
@@ -100,10 +108,11 @@ def validator(
 ) -> Validator:
     """A function ``params -> {<set>/<metric>: value}``.
 
-    Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å), ``stress`` (eV/Å³) and, if the
-    loss has such a term, of products of the ``hessian`` (eV/Å), where a set has such labels, and
-    the weighted ``loss`` of its terms that have any. All are summed over the set and divided once,
-    so they depend neither on the batches nor on the devices.
+    Metrics are the RMSE of ``energy`` (eV/atom), ``forces`` (eV/Å), ``stress`` (eV/Å³), of products
+    of the ``hessian`` (eV/Å) if the loss has such a term, and of ``moments`` (µB; with
+    ``moments_mae``, and ``moments_mean_mae`` of predicting each element's mean), where a set has
+    such labels, and the weighted ``loss`` of its terms that have any. All are summed over the set
+    and divided once, so they depend neither on the batches nor on the devices.
 
     Args:
       model: the potential.
@@ -133,8 +142,10 @@ def validator(
             like = jax.tree.map(lambda leaf: leaf.astype(batch.graph.vectors.dtype), params)
             squares = mean_squares(predict(model, like, batch.graph), batch)
             means = means | {SQUARES[name]: mean for name, mean in squares.items()}
-        wanted = (*weights, *squares_of(weights).values())
-        named = totals._asdict() | ({} if probed is None else {"hessian": probed})
+        magnetic = (name for name in MOMENT_ERRORS if name in means)
+        wanted = (*weights, *squares_of(weights).values(), *magnetic)
+        named = {name: total for name, total in totals._asdict().items() if total is not None}
+        named |= {} if probed is None else {"hessian": probed}
         return parallel.total({name: means[name] for name in wanted}), named
 
     jitted = parallel.per_device(mesh, measured)

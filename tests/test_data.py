@@ -425,7 +425,9 @@ def test_padding_is_beyond_the_cutoff_and_belongs_to_the_last_graph(dataset, mod
         assert not weights.energy[~graph.is_graph].any()
         assert not weights.stress[~graph.is_graph].any()
         assert not weights.forces[~graph.is_atom].any()
-        floats = [graph.vectors, graph.volume, *batch.labels, *batch.weights, *batch.totals]
+        floats = jax.tree.leaves(
+            (graph.vectors, graph.volume, batch.labels, batch.weights, batch.totals)
+        )
         assert {array.dtype.name for array in floats} == {dtype}
 
 

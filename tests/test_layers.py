@@ -21,11 +21,13 @@ LAYERS = {
     3: [
         "potential",
         "loss",
+        "moments",
         "fisher",
         "fisherfile",
         "calibration",
         "architecture",
         "surgery",
+        "momenthead",
         "testing",
     ],
     4: [

@@ -143,11 +143,12 @@ def test_a_damaged_adapter_is_named_and_runs_nothing(damage: str, tmp_path: Path
         adapter.load(path)
 
 
-SLOW = {"quickstart", "phonon-hessian"}
-"""The second compiles third derivatives for half a minute; tests/test_curvature.py has its loss."""
+ELSEWHERE = {"quickstart", "moments", "phonon-hessian"}
+"""Presets that other tests run: ``moments`` needs labels of its own, see test_moments.py, and the
+third derivatives of ``phonon-hessian`` compile for half a minute, see test_curvature.py."""
 
 
-@pytest.mark.parametrize("name", [n for n in presets.names() if n not in SLOW])
+@pytest.mark.parametrize("name", [n for n in presets.names() if n not in ELSEWHERE])
 def test_preset_runs(name: str, folder: Path, fisher, sparse_model, tmp_path: Path) -> None:
     settings = load(name, folder, tmp_path / "run")
     result = run.finetune(settings)

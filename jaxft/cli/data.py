@@ -22,6 +22,7 @@ def check(
     forces_key: str = "REF_forces",
     stress_key: str = "REF_stress",
     virials_key: str = "REF_virials",
+    moments_key: str = "REF_magmoms",
     as_json: Json = False,
 ) -> None:
     """Labels, units, duplicates, close contacts, outliers, elements. Exit code 1 if DATA cannot be
@@ -31,7 +32,7 @@ def check(
     from jaxft.data.audit import audit
 
     potential = None if model is None else bundles.load_numpy(model)[0]
-    keys = data.Keys(energy_key, forces_key, stress_key, virials_key)
+    keys = data.Keys(energy_key, forces_key, stress_key, virials_key, moments_key)
     found = audit(data.read(files, keys=keys), model=potential)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))

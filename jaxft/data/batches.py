@@ -17,6 +17,7 @@ from jaxft.data.curvatures import Probes, check_probes
 from jaxft.data.features import USUAL as USUAL
 from jaxft.data.features import feature_of
 from jaxft.data.frames import Frame
+from jaxft.data.moments import moment_labels
 from jaxft.data.neighbours import neighbours
 from jaxft.data.packing import ATOM_COST, ROW_COST, Shape, ladder, plan, smallest
 from jaxft.data.samples import Sample, best_width, sample_of
@@ -94,9 +95,9 @@ def prepare(
         :mod:`jaxft.data.curvatures`; needed by a loss in which the Hessian has weight.
 
     Raises:
-      ValueError: a frame holds an element that the model does not know, an impossible geometry, or
-        not the features that the model reads; or a head is unknown, or their number is not that of
-        the frames.
+      ValueError: a frame holds an element that the model does not know, an impossible geometry,
+        moments that the model's head cannot learn, or not the features that the model reads; or a
+        head is unknown, or their number is not that of the frames.
     """
     check_probes(probes)
     heads = _heads(head, frames, model)
@@ -117,7 +118,10 @@ def prepare(
     for frame, edge, given, index in zip(frames, edges, features, heads, strict=True):
         species = np.searchsorted(present, frame.atomic_numbers)
         e0 = float(model.e0s[index][table[frame.atomic_numbers]].sum())
-        samples.append(sample_of(frame, edge, species, e0, index, given, model.r_max, width))
+        moments = moment_labels(frame, model.moments)
+        samples.append(
+            sample_of(frame, edge, species, e0, index, given, model.r_max, width, moments)
+        )
     per_atom = frozenset(f.name for f in model.embeddings if f.per == "atom")
     rows = table[present].astype(np.int32)
     return Dataset(frames, samples, rows, model.r_max, width, per_atom, probes)
@@ -274,6 +278,7 @@ def pack(
     energy, energy_weight = np.zeros(n_graph), np.zeros(n_graph)
     stress, stress_weight = np.zeros((n_graph, 3, 3)), np.zeros(n_graph)
     frame = np.full(n_graph, -1, np.int32)
+    moments = [np.zeros((n_node, *array.shape[1:])) for array in dataset.samples[chosen[0]].moments]
     # padding takes the values of a frame, which are valid ones
     first = dataset.samples[chosen[0]]
     head = np.full(n_graph, first.head, np.int32)
@@ -298,12 +303,15 @@ def pack(
         energy[g], energy_weight[g] = sample.energy, sample.energy_weight
         forces[atoms], forces_weight[atoms] = sample.forces, sample.forces_weight
         stress[g], stress_weight[g] = sample.stress, sample.stress_weight
+        for array, value in zip(moments, sample.moments, strict=True):
+            array[atoms] = value
         node, row = atoms.stop, rows.stop
 
     def real(array: np.ndarray) -> np.ndarray:
         return array.astype(dtype)
 
-    weights = Weights(real(energy_weight), real(forces_weight), real(stress_weight))
+    moment, moment_weight = map(real, moments) if moments else (None, None)
+    weights = Weights(real(energy_weight), real(forces_weight), real(stress_weight), moment_weight)
     return Batch(
         graph=Graph(
             vectors=real(vectors),
@@ -318,7 +326,7 @@ def pack(
             head=head,
             features={name: real(value) for name, value in features.items()},
         ),
-        labels=Labels(real(energy), real(forces), real(stress)),
+        labels=Labels(real(energy), real(forces), real(stress), moment),
         weights=weights,
         totals=totals_of(weights),
         n_atoms=n_atoms,

@@ -39,6 +39,8 @@ class Sample(NamedTuple):
     """[] or [in_dim] per graph, [n, …] per atom."""
     hessian: Curvatures | None = None
     hessian_weight: float = 0.0
+    moments: tuple[np.ndarray, ...] = ()
+    """Magnetic moments and their weights [n], for models with a head for them."""
 
 
 def best_width(degrees: Sequence[np.ndarray]) -> int:
@@ -60,6 +62,7 @@ def sample_of(
     features: dict[str, np.ndarray],
     r_max: float,
     width: int,
+    moments: tuple[np.ndarray, ...] = (),
 ) -> Sample:
     """Lay the edges of each atom out in rows of ``width`` slots; free slots hold padding."""
     degree = np.bincount(edges.receivers, minlength=len(frame))
@@ -86,6 +89,7 @@ def sample_of(
         features,
         frame.hessian,
         frame.weight * frame.hessian_weight * (frame.hessian is not None),
+        moments,
     )
 
 

@@ -68,7 +68,7 @@ def _exact(fraction: float) -> Fraction:
 
 def _frame(frame: Frame, source: Source) -> Frame:
     if source.labels == "none":
-        frame = replace(frame, energy=None, forces=None, stress=None, hessian=None)
+        frame = replace(frame, energy=None, forces=None, stress=None, hessian=None, moments=None)
     return replace(frame, weight=frame.weight * source.weight)
 
 

@@ -41,6 +41,10 @@ class FrameResult:
     """[n, 3] eV/Å."""
     stress: np.ndarray | None
     """[3, 3] eV/Å³, ASE sign; None unless the frame is periodic in three directions."""
+    moments: np.ndarray | None = None
+    """[n] or [n, 3] µB; None of models without a moment head."""
+    mean_moments: np.ndarray | None = None
+    """[n] µB, what each element's mean would say, see :attr:`Potential.mean_moments`."""
 
 
 GROWTH = 1.5
@@ -134,7 +138,7 @@ def predict_batch(
     graph = packed_graph(dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks)
     program = _quickly(_prediction) if effort(edges).options else _predict
     prediction = jax.device_get(program(_Alike(model), params, graph))
-    return frame_results(model.e0s, dataset, chosen, prediction)
+    return frame_results(model.e0s, dataset, chosen, prediction, model.mean_moments)
 
 
 def packed_graph(
@@ -156,10 +160,14 @@ def packed_graph(
 
 
 def frame_results(
-    e0s: np.ndarray, dataset: Dataset, chosen: Sequence[int], prediction: Prediction
+    e0s: np.ndarray,
+    dataset: Dataset,
+    chosen: Sequence[int],
+    prediction: Prediction,
+    means: np.ndarray | None = None,
 ) -> list[FrameResult]:
     """Results of the frames of a batch from its prediction (numpy) and isolated-atom energies
-    [heads, elements], which are added here."""
+    [heads, elements], which are added here; ``means`` [elements] are of moments."""
     results = []
     places = _places(e0s, dataset, chosen)
     for g, (index, (atoms, own)) in enumerate(zip(chosen, places, strict=True)):
@@ -167,7 +175,12 @@ def frame_results(
         energies = np.asarray(prediction.node_energy[atoms], np.float64) + own
         stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
         forces = np.array(prediction.forces[atoms], np.float64)
-        results.append(FrameResult(float(energies.sum()), energies, forces, stress))
+        moments, mean = None, None
+        if prediction.moments is not None and means is not None:
+            moments = np.array(prediction.moments[atoms], np.float64)
+            mean = means[dataset.elements[dataset.samples[index].species]]
+        energy = float(energies.sum())
+        results.append(FrameResult(energy, energies, forces, stress, moments, mean))
     return results
 
 
@@ -342,7 +355,8 @@ def predict_file(
 
 
 def _is_finite(result: FrameResult) -> bool:
-    return bool(np.isfinite(result.energy) and np.isfinite(result.forces).all())
+    moments = 0.0 if result.moments is None else result.moments
+    return all(np.isfinite(x).all() for x in (result.energy, result.forces, moments))
 
 
 def working_dtype(params: Params, dtype: str | None = None) -> str:
@@ -387,7 +401,8 @@ def with_results(atoms: ase.Atoms, result: FrameResult) -> ase.Atoms:
 
 
 def ase_results(result: FrameResult) -> dict[str, float | np.ndarray]:
-    """In ASE's words: stress in Voigt order xx, yy, zz, yz, xz, xy, absent where it is None."""
+    """In ASE's words: stress in Voigt order xx, yy, zz, yz, xz, xy, absent where it is None;
+    ``magmoms`` in µB and their sum ``magmom``, of models with a moment head."""
     found: dict[str, float | np.ndarray] = {
         "energy": result.energy,
         "free_energy": result.energy,
@@ -396,4 +411,8 @@ def ase_results(result: FrameResult) -> dict[str, float | np.ndarray]:
     }
     if result.stress is not None:
         found["stress"] = full_3x3_to_voigt_6_stress(result.stress)
+    if result.moments is not None:
+        total = result.moments.sum(axis=0)
+        found["magmoms"] = result.moments
+        found["magmom"] = total if result.moments.ndim > 1 else float(total)
     return found

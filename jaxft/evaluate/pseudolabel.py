@@ -59,6 +59,7 @@ def pseudolabel(
             forces=result.forces,
             stress=result.stress if is_wanted else None,
             hessian=None,
+            moments=None,
         )
         numbers = [
             np.ravel(label)
