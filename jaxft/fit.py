@@ -202,7 +202,7 @@ def fit(
     files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
     logs = Logs([*files, *([logger] if logger else [])] if parallel.is_first() else [])
     logs.start(list(run.progress.history))
-    chosen = effort(settings.epochs * float(mixture.dataset.edges.sum()))
+    chosen = effort(settings.epochs * float(mixture.dataset.edges.sum()), model.channels)
     display.say(f"compiles {chosen}")
     # one thread: it shares the cores with what the loop itself compiles and computes
     pool = ThreadPoolExecutor(1, thread_name_prefix="compile")

@@ -78,6 +78,12 @@ class Potential:
         return self.config.r_max
 
     @property
+    def channels(self) -> int:
+        """Hidden features of a kind, at most: 128 of MACE-MP-0."""
+        layers = (multiplicities(layer.hidden_irreps) for layer in self.config.interactions)
+        return max(count for layer in layers for count in layer.values())
+
+    @property
     def heads(self) -> tuple[str, ...]:
         """Levels of theory that the model speaks for, at least one."""
         return self.config.heads

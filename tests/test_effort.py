@@ -22,6 +22,8 @@ def fresh(monkeypatch):
 def test_few_edges_are_compiled_quickly_and_many_are_not():
     assert effort(SHORT).options == dict(QUICK)
     assert effort(SHORT + 1).options == {}
+    assert effort(SHORT / 128, 128).options == dict(QUICK)
+    assert effort(SHORT / 64, 128).options == {}
     assert "short" in str(effort(0))
     assert "short" not in str(effort(float("inf")))
 

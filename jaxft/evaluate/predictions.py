@@ -136,7 +136,7 @@ def predict_batch(
     """
     dtype = jax.tree.leaves(params)[0].dtype.name
     graph = packed_graph(dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks)
-    program = _quickly(_prediction) if effort(edges).options else _predict
+    program = _quickly(_prediction) if effort(edges, model.channels).options else _predict
     prediction = jax.device_get(program(_Alike(model), params, graph))
     return frame_results(model.e0s, dataset, chosen, prediction, model.mean_moments)
 
@@ -213,7 +213,7 @@ def predict_energies(
         return found
     dataset = prepare(frames, model, head=head)
     shape, batches, blocks = plan_batches(dataset, batch_size, edges_per_block(None))
-    few = effort(dataset.edges.sum()).options
+    few = effort(dataset.edges.sum(), model.channels).options
     program = _quickly(_node_energies) if few else _predict_energies
     for chosen in batches:
         graph = packed_graph(dataset, chosen, shape, dtype, blocks=blocks)
