@@ -721,8 +721,8 @@ def settings(args: argparse.Namespace, *, torch: bool = True, **more: Any) -> di
         "precision": PRECISION,
         "threads": args.threads,
         "malloc": forms | {"jaxft": HUGE},
-        "processor": _processor(),
-        "commit": _commit(),
+        "processor": processor(),
+        "commit": commit(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
 
@@ -737,7 +737,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -745,7 +745,7 @@ def _processor() -> str:
     return next((li.partition(":")[2].strip() for li in lines if li.startswith("model name")), "")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with ``+`` if code differs from it."""
 
     def git(*words: str) -> str:

@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true", help="only the last line")
+    parser.add_argument("--write", action="store_true", help="merge into results/compile.json")
     args = parser.parse_args()
     runs: dict[str, list[dict]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as name:
@@ -190,7 +191,10 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "jax": version("jax")},
     }
-    print(json.dumps(result))
+    sys.path.insert(0, str(HERE))
+    from common import commit, finish, processor  # its imports take longer than what is measured
+
+    finish("compile", args.model, result | {"processor": processor(), "commit": commit()}, args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 from converters.reader import ModelFile, read
 from converters.rules import buffer_path, parameter_rules
 from converters.to_jax import from_file
-from jaxft import bundle, tree
+from jaxft import bundle, surgery, tree
 from jaxft.models.config import EmbeddingConfig, MACEConfig
 from jaxft.models.irreps import multiplicities
 from jaxft.potential import E0_BUFFER, Potential
@@ -47,7 +47,11 @@ READOUTS = {"nonlinear": "NonLinearReadoutBlock", "bias": "NonLinearBiasReadoutB
 
 
 def export(
-    source: str | Path | tuple[Potential, Params], path: str | Path, *, state_dict: bool = False
+    source: str | Path | tuple[Potential, Params],
+    path: str | Path,
+    *,
+    state_dict: bool = False,
+    without_moments: bool = False,
 ) -> Path:
     """Write a ``.model`` that mace-torch's ``MACECalculator`` and command-line tools load.
 
@@ -58,6 +62,7 @@ def export(
       source: a bundle's folder, or a potential and its (merged) parameters.
       path: of the new file, by custom ``NAME.model``; it appears complete or not at all.
       state_dict: write only the module's ``state_dict()``, by custom ``NAME.pt``.
+      without_moments: leave out the head for magnetic moments, for which mace-torch has nothing.
 
     Returns:
       ``path``.
@@ -65,12 +70,15 @@ def export(
     Raises:
       FileExistsError: ``path`` exists; nothing is overwritten.
       ImportError: torch or mace-torch is not installed.
-      ValueError: the parameters are not those of the model, or what was read back is not what was
-        to be written.
+      ValueError: the model has a head for magnetic moments that was not to be left out, or that
+        adds to the energy; the parameters are not those of the model; or what was read back is not
+        what was to be written.
     """
     path = Path(path)
     bundle.refuse_existing(path)
     model, params = source if isinstance(source, tuple) else _stored(Path(source))
+    if model.moments is not None:
+        model, params = _without_moments(model, params, is_wanted=without_moments)
     leaves = _checked_leaves(model.config, params)
     # Widening is exact, rounding the constants is not: a float64 model that was fine-tuned in
     # float32 is exported in float64.
@@ -94,6 +102,17 @@ def export(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def _without_moments(
+    model: Potential, params: Params, *, is_wanted: bool
+) -> tuple[Potential, Params]:
+    if model.moments is not None and not model.moments.energy and not is_wanted:
+        raise ValueError(
+            "the model has a head for magnetic moments, for which mace-torch has no counterpart;\n"
+            "export it without (--without-moments): energies, forces and stresses stay the same."
+        )
+    return surgery.remove_moments(model, params)
 
 
 def _stored(path: Path) -> tuple[Potential, Params]:

@@ -48,6 +48,10 @@ class Adapter:
     """[heads, elements] eV, of the tuned model."""
     like: str | None = None
     """The head that the last one was added as a copy of; None if none was added."""
+    moments: Mapping[str, Any] | None = None
+    """Arguments of :func:`jaxft.surgery.add_moments` but the means; None if no head was added."""
+    mean_moments: np.ndarray | None = None
+    """[elements] µB, with such a head."""
 
     @property
     def dtype(self) -> str:
@@ -63,7 +67,7 @@ def save(path: str | Path, adapter: Adapter) -> Path:
     """
     path = Path(path)
     bundle.refuse_existing(path)
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "base": adapter.base,
@@ -76,10 +80,14 @@ def save(path: str | Path, adapter: Adapter) -> Path:
             for entry in adapter.recipe
         ],
     }
+    if adapter.moments is not None:
+        document["moments"] = dict(adapter.moments)
     arrays = {f"params/{name}": leaf for name, leaf in _present(adapter.trainable.params).items()}
     for strategy, coords in adapter.trainable.coords.items():
         arrays |= {f"coords/{strategy}/{name}": leaf for name, leaf in tree.flatten(coords).items()}
     arrays["e0s"] = adapter.e0s
+    if adapter.mean_moments is not None:
+        arrays["mean_moments"] = adapter.mean_moments
     with bundle.whole_folder(path) as scratch:
         save_file(
             {name: np.array(leaf, order="C") for name, leaf in arrays.items()}, scratch / ARRAYS
@@ -109,6 +117,8 @@ def load(path: str | Path) -> Adapter:
             heads=tuple(map(str, document["heads"])),
             e0s=np.asarray(nested["e0s"], np.float64),
             like=document["like"],
+            moments=document.get("moments"),
+            mean_moments=nested.get("mean_moments"),
         )
     except UNREADABLE as error:
         what = _short(error)
@@ -136,6 +146,8 @@ def merge(adapter: Adapter, model: Potential, params: Params) -> tuple[Potential
     params = jax.tree.map(jnp.asarray, params)
     if adapter.like is not None:
         model, params = surgery.add_head(model, params, adapter.heads[-1], like=adapter.like)
+    if adapter.moments is not None:
+        model, params = _with_moments(adapter, model, params)
     if model.heads != adapter.heads or model.e0s.shape != adapter.e0s.shape:
         raise ValueError(
             f"the adapter has heads {', '.join(adapter.heads)} and E0s of shape "
@@ -153,6 +165,20 @@ def merge(adapter: Adapter, model: Potential, params: Params) -> tuple[Potential
     whole = jax.tree.map(jnp.asarray, tree.unflatten(start))
     given = jax.tree.map(jnp.asarray, adapter.trainable.coords)
     return model, base.apply(recipe, whole, given, consts)
+
+
+def _with_moments(adapter: Adapter, model: Potential, params: Params) -> tuple[Potential, Params]:
+    means = np.zeros(0) if adapter.mean_moments is None else adapter.mean_moments
+    if len(means) != len(model.atomic_numbers):
+        raise ValueError(
+            f"the adapter has mean moments of {len(means)} elements, the base "
+            f"{len(model.atomic_numbers)} elements; the adapter is damaged."
+        )
+    table = dict(zip(model.atomic_numbers, map(float, means), strict=True))
+    try:
+        return surgery.add_moments(model, params, means=table, **dict(adapter.moments or {}))
+    except TypeError as error:
+        raise ValueError(f"the adapter's moments are not understood ({error}).") from error
 
 
 def digest_of(model: Potential, params: Params) -> str:

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from jaxft import tree
 from jaxft.document import loads
 from jaxft.models.config import MACEConfig
-from jaxft.potential import E0_BUFFER, Potential
+from jaxft.potential import E0_BUFFER, MEANS_BUFFER, Potential
 from jaxft.typing import Params
 
 FORMAT = "jaxft-bundle"
@@ -226,6 +226,10 @@ def check(
     """
     if E0_BUFFER not in model.buffers:
         raise BundleError(f"{source} lacks the constant {E0_BUFFER}; it is damaged.")
+    means = model.buffers.get(MEANS_BUFFER)
+    has_means = means is not None and np.shape(means) == (len(model.atomic_numbers),)
+    if (model.moments is not None) != has_means:
+        raise BundleError(f"{source}: {MODEL} and the stored constants disagree on the moments.")
     wrong = sorted(set(_nonfinite({**model.buffers, **flat})) - set(nonfinite))
     if wrong:
         raise BundleError(f"{source} holds non-finite numbers in {', '.join(wrong)}.")

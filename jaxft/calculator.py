@@ -50,7 +50,9 @@ class JaxftCalculator(Calculator):
     """Energies (eV), forces (eV/Å) and stresses (eV/Å³, ASE sign and Voigt order) for ASE.
 
     Energies include the isolated-atom energies, added in float64; ``free_energy`` equals
-    ``energy``. Stress exists for structures that are periodic in three directions.
+    ``energy``. Stress exists for structures that are periodic in three directions. Models with a
+    moment head give ``magmoms`` (µB, [n] or [n, 3]) and their sum ``magmom``, which for magnitudes
+    is that of the ferromagnetic order; ``initial_magmoms`` are not looked at.
 
     Args:
       model_or_path: a bundle's folder, or a potential.
@@ -96,6 +98,8 @@ class JaxftCalculator(Calculator):
         model, params = _loaded(model_or_path, params, dtype)
         self.head = model.heads[model.head_index(head)]
         self.model = model if backend is None else model.with_backend(backend)
+        if model.moments is not None:
+            self.implemented_properties = [*self.implemented_properties, "magmoms", "magmom"]
         self.dtype = working_dtype(params, dtype)
         self._params = cast(params, self.dtype)
         self._compiled: list[_Static] = []

@@ -8,7 +8,7 @@ import os
 import platform
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,6 +211,7 @@ class Ahead:
       jitted: made by ``jax.jit``, without static arguments; its arguments are pytrees of arrays.
       pool: where to compile, one that others use too perhaps; None is two threads of its own. JAX
         traces under Python's lock, XLA compiles outside it.
+      options: of XLA's compiler, such as :func:`jaxft.effort.effort` chooses.
       report: told of every program compiled after :meth:`settle`.
 
     Example:
@@ -225,9 +226,11 @@ class Ahead:
         jitted: Any,
         *,
         pool: Executor | None = None,
+        options: Mapping[str, Any] | None = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
         self._jitted, self._report = jitted, report
+        self._options = dict(options or {})
         self._pool = pool or ThreadPoolExecutor(2, thread_name_prefix="compile")
         self._programs: dict[_Key, Any] = {}
         self._futures: dict[_Key, Future[Any]] = {}
@@ -290,7 +293,7 @@ class Ahead:
         return self._compile(key, abstract)
 
     def _compile(self, key: _Key, abstract: tuple[Any, ...]) -> Any:
-        program = self._jitted.lower(*abstract).compile()
+        program = self._jitted.lower(*abstract).compile(compiler_options=self._options)
         self._programs[key] = program
         return program
 

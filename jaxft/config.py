@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from jaxft.data.curvatures import Probes
 from jaxft.models.backend import Name as Backend
 from jaxft.models.precision import Name as Precision
 from jaxft.recipe import KeysConfig, Replay, Setting, StrategyConfig, Strict
@@ -47,21 +48,37 @@ class TestSet(Strict):
     the base model came with."""
 
 
+TERMS = ("energy", "forces", "stress", "virials", "hessian", "moments")
+
+
 class LossConfig(Strict):
     """See :func:`jaxft.loss.weighted`; weight 0 leaves a term out and asks for no label."""
 
     error: Literal["mse", "mae", "huber", "universal", "l2"] = "mse"
     delta: float = Field(0.01, gt=0)
-    """Where huber and universal turn from squares to absolute values; eV/atom, eV/Å, eV/Å³."""
+    """Where huber and universal turn from squares to absolute values; eV/atom, eV/Å, eV/Å³, µB."""
     energy: float = Field(1.0, ge=0)
     forces: float = Field(100.0, ge=0)
     stress: float = Field(0.0, ge=0)
     virials: float = Field(0.0, ge=0)
+    hessian: float = Field(0.0, ge=0)
+    """Of the Hessian times one displacement of each frame and epoch."""
+    probe: Probes = "column"
+    """Which: one of those that come with the frame, columns of its Hessian mostly, or a random sum
+    of them."""
+    moments: float = Field(0.0, ge=0)
+    compare: Literal["magnitude", "sign", "direct"] = "magnitude"
+    """Of moments: their magnitudes; or all of them, up to one sign per frame or as they are."""
 
     @property
     def terms(self) -> dict[str, float]:
         """λ of all terms."""
-        return {name: getattr(self, name) for name in ("energy", "forces", "stress", "virials")}
+        return {name: getattr(self, name) for name in TERMS}
+
+    @property
+    def probes(self) -> Probes | None:
+        """What batches are to carry; None where the Hessian has no weight."""
+        return self.probe if self.hessian > 0 else None
 
     @property
     def weights(self) -> dict[str, float]:
@@ -127,6 +144,17 @@ class AddHead(Strict):
     """The head that it begins as; not needed with one."""
 
 
+class AddMoments(Strict):
+    """A new head for magnetic moments; see :func:`jaxft.surgery.add_moments`. It begins at each
+    element's mean in the training labels."""
+
+    kind: Literal["collinear", "signed", "vector"] = "collinear"
+    energy: bool = False
+    """Moments add to the energy."""
+    hidden: int = Field(16, ge=1, le=1024)
+    channels: int = Field(8, ge=1, le=1024)
+
+
 class WandbConfig(Strict):
     """Weights & Biases; needs jaxft[wandb]."""
 
@@ -153,6 +181,9 @@ class Config(Strict):
     """Of the model, that all data belong to; not needed with one head."""
     add_head: AddHead | None = None
     """Make ``head`` before training; needed for replay at another level of theory."""
+    moments: AddMoments | None = None
+    """Give the model a head for magnetic moments before training; one that it has already trains
+    on without this."""
     output: Path
     """Folder of the run; made, must not exist."""
     train: list[Path] | Path
@@ -188,9 +219,9 @@ class Config(Strict):
     """Batches per update."""
     ema_decay: float | None = Field(0.999, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
-    metric: str = Field("loss", pattern=r"^([^/]+/)?(loss|energy|forces|stress)$")
-    """What chooses the best epoch: loss, energy, forces or stress of the validation set, or, as in
-    ``replay/forces``, of frames that a source sets aside."""
+    metric: str = Field("loss", pattern=r"^([^/]+/)?(loss|energy|forces|stress|moments)$")
+    """What chooses the best epoch: loss, energy, forces, stress or moments of the validation set,
+    or, as in ``replay/forces``, of frames that a source sets aside."""
     checkpoint_every: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(1, ge=1)
     dtype: Literal["float32", "float64", "mixed"] = "float32"

@@ -21,8 +21,9 @@ COLUMNS = {
     "energy": ("E meV/atom", 1e3),
     "forces": ("F meV/Å", 1e3),
     "stress": ("σ meV/Å³", 1e3),
+    "moments": ("µ mµB", 1e3),
 }
-"""Validation RMSEs by metric: heading and factor from eV."""
+"""Validation RMSEs by metric: heading and factor from eV, or µB."""
 
 CELL = 11
 """Characters of a number."""

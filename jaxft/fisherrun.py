@@ -49,10 +49,12 @@ def estimate_fisher(
       ValueError, FileExistsError: input that cannot be used.
     """
     bundle.refuse_existing(output)
-    begin = inputs.computing(config, inputs.start(config))
+    begin = inputs.computing(config, inputs.with_moments(config, inputs.start(config)))
     head = head or begin.like or config.head
     frames = data.without_isolated_atoms(data.read(files, keys=inputs.keys(config)))
-    prepared = data.prepare(frames, begin.base, head=head, cache=config.cache)
+    prepared = data.prepare(
+        frames, begin.base, head=head, cache=config.cache, probes=config.loss.probes
+    )
     batches = data.epoch(prepared, 1, dtype=config.compute_dtype, seed=seed)
     facts = {
         "loss": config.loss.model_dump(),

@@ -22,6 +22,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.compilation import Ahead
 from jaxft.data import Dataset, Mixture, Spread
 from jaxft.display import Display
+from jaxft.effort import effort
 from jaxft.graph import Batch
 from jaxft.logs import Csv, JsonLines, Logger, Logs
 from jaxft.optimizer import Plateau
@@ -55,8 +56,9 @@ class FitSettings:
     patience: int | None = None
     """Epochs without a better ``metric`` before the run stops; None never stops early."""
     metric: str = "loss"
-    """What chooses the best epoch: ``loss`` (the weighted validation loss), ``energy``, ``forces``
-    or ``stress`` (validation RMSE), or one of them of a watched set, ``replay/forces``."""
+    """What chooses the best epoch: ``loss`` (the weighted validation loss), ``energy``, ``forces``,
+    ``stress`` or ``moments`` (validation RMSE), or one of them of a watched set, as in
+    ``replay/forces``."""
     plateau: Plateau | None = None
     """Lowers the learning rate when ``metric`` no longer falls."""
     max_seconds: float | None = None
@@ -69,7 +71,7 @@ class FitSettings:
     """λ of the loss's terms, for the validation loss."""
 
     def __post_init__(self) -> None:
-        known = ("loss", *METRICS)
+        known = ("loss", *METRICS, "moments")
         if self.metric.rpartition("/")[2] not in known:
             raise ValueError(f"metric {self.metric!r} is unknown; use one of {', '.join(known)}.")
         for name in ("epochs", "batch_size", "accumulate", "keep_checkpoints"):
@@ -200,6 +202,8 @@ def fit(
     files: list[Logger] = [JsonLines(directory / "metrics.jsonl"), Csv(directory / "metrics.csv")]
     logs = Logs([*files, *([logger] if logger else [])] if parallel.is_first() else [])
     logs.start(list(run.progress.history))
+    chosen = effort(settings.epochs * float(mixture.dataset.edges.sum()), model.channels)
+    display.say(f"compiles {chosen}")
     # one thread: it shares the cores with what the loop itself compiles and computes
     pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
     validate = validator(
@@ -211,10 +215,14 @@ def fit(
         dtype=settings.dtype,
         mesh=mesh,
         pool=pool,
+        options=chosen.options,
         report=_reporter(display, "validation"),
     )
     advance = Ahead(
-        _advance(step, settings, mesh), pool=pool, report=_reporter(display, "an update")
+        _advance(step, settings, mesh),
+        pool=pool,
+        options=chosen.options,
+        report=_reporter(display, "an update"),
     )
     loop = _Loop(recipe, settings, spread, mesh, advance, validate, checkpoints, stop, until)
     try:
@@ -253,7 +261,8 @@ def check_metric(metric: str, watched: Iterable[str]) -> None:
         raise ValueError(
             f"metric {metric!r} is of a set that is not watched (watched: "
             f"{', '.join(map(repr, known)) or 'none'});\n"
-            "use loss, energy, forces or stress of the validation set, or name a watched set."
+            "use loss, energy, forces, stress or moments of the validation set, or name a watched "
+            "set."
         )
 
 

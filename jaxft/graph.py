@@ -115,6 +115,8 @@ class Labels(NamedTuple):
     """[N, 3] eV/Å."""
     stress: Array
     """[G, 3, 3] eV/Å³, ASE sign."""
+    moments: Array | None = None
+    """[N] or [N, 3] µB, as the model's head predicts them; None for models without one."""
 
 
 class Weights(NamedTuple):
@@ -129,6 +131,21 @@ class Weights(NamedTuple):
     """[N]."""
     stress: Array
     """[G]."""
+    moments: Array | None = None
+    """[N]; None where there are no such labels."""
+
+
+class Curvature(NamedTuple):
+    """One displacement of the atoms of every graph, and what the Hessian makes of it."""
+
+    probe: Array
+    """[N, 3] Å; zeros where there is no label."""
+    product: Array
+    """[N, 3] eV/Å, Hessian times ``probe``: the derivative of minus the forces along it."""
+    weight: Array
+    """[N], non-negative: 0 for a missing label and for padding."""
+    total: Array
+    """Scalar; as in :attr:`Batch.totals`."""
 
 
 class Batch(NamedTuple):
@@ -144,11 +161,21 @@ class Batch(NamedTuple):
     """[G] int32, atoms per graph; 1 for an empty padding graph, so that dividing is safe."""
     frame: Array
     """[G] int32, position of the frame in its dataset; -1 for padding."""
+    curvature: Curvature | None = None
+    """None if no loss asks for it; then the batch is what it would be without such labels."""
 
 
 def totals_of(weights: Weights) -> Weights:
     """The sums of the weights of one batch, as scalars."""
-    return Weights(*(array.sum() for array in weights))
+    totals: Weights = jax.tree.map(lambda array: array.sum(), weights)
+    return totals
+
+
+def with_totals(batch: Batch, totals: Weights, curvature: Array) -> Batch:
+    """The batch with other totals; ``curvature`` is that of :class:`Curvature`, if it has one."""
+    if batch.curvature is None:
+        return batch._replace(totals=totals)
+    return batch._replace(totals=totals, curvature=batch.curvature._replace(total=curvature))
 
 
 def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
@@ -162,8 +189,9 @@ def with_shared_totals(batches: Sequence[Batch]) -> list[Batch]:
       batches: at least one; static shapes may differ. Their weights count, not their totals.
     """
     own = [totals_of(batch.weights) for batch in batches]
-    shared = Weights(*(sum(sums[1:], sums[0]) for sums in zip(*own, strict=True)))
-    return [batch._replace(totals=shared) for batch in batches]
+    shared = jax.tree.map(lambda *sums: sum(sums[1:], sums[0]), *own)
+    curvature = sum(b.curvature.weight.sum() for b in batches if b.curvature is not None)
+    return [with_totals(batch, shared, curvature) for batch in batches]
 
 
 def fullest(receivers: np.ndarray, n_node: int, blocks: int) -> int:

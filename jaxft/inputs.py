@@ -10,7 +10,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from rich.console import Console
 from rich.table import Table
 
-from jaxft import bundle, data, surgery
+from jaxft import bundle, data, surgery, tree
 from jaxft import config as configs
 from jaxft.adapter import digest_of
 from jaxft.config import Config
@@ -74,6 +74,25 @@ def start(config: Config) -> Start:
     return Start(model, jax.tree.map(jax.numpy.asarray, params), known, like)
 
 
+def with_moments(config: Config, begin: Start, train: Sequence[Frame] = ()) -> Start:
+    """The same start, with the head for magnetic moments that the config asks for; it begins at the
+    means of the training labels.
+
+    Raises:
+      ValueError: as :func:`jaxft.surgery.add_moments`; or the labels are of no use to the head.
+    """
+    if config.moments is None:
+        return begin
+    model, params = surgery.add_moments(
+        begin.base,
+        begin.params,
+        means=data.mean_moments(train),
+        seed=config.seed,
+        **config.moments.model_dump(),
+    )
+    return replace(begin, base=model, params=params)
+
+
 def computing(config: Config, begin: Start) -> Start:
     """The same start, with the backend that the config asks for.
 
@@ -85,7 +104,7 @@ def computing(config: Config, begin: Start) -> Start:
 
 def recipe(config: Config) -> tuple[Recipe, Params]:
     """The recipe of a config and the parameters that it acts on; reads data if strategies do."""
-    begin = start(config)
+    begin = with_moments(config, start(config))
     frames: list[Frame] = []
     if any(isinstance(entry, Replay) and entry.select is not None for entry in config.recipe):
         frames = labelled_frames(config)[0]
@@ -109,11 +128,13 @@ def read(config: Config, console: Console) -> Inputs:
     _check_labels(config, fitted[0], fitted[1])
     for frames in (*fitted, *tests.values()):
         data.check_elements(frames, begin.base.atomic_numbers)
+    begin = with_moments(config, begin, fitted[0])
     for name, frames in tests.items():
         data.require_any_label(frames, keys=names)
         begin.base.head_index(_test_head(config, name))
     setting = _setting(config, begin, begin.base, fitted[0])
     strategies, watched = _recipe(config, setting)
+    _check_moments(config, begin, strategies)
     _check_sources(config, setting, strategies)
     _check_metric(config, watched, names)
     console.print(describe(strategies, begin.params).splitlines()[-1], highlight=False)
@@ -130,6 +151,7 @@ def read(config: Config, console: Console) -> Inputs:
         sources=sources,
         size=config.batch_size,
         cache=config.cache,
+        probes=config.loss.probes,
     )
     for line in mixture.describe():
         console.print(line, highlight=False)
@@ -140,7 +162,7 @@ def read(config: Config, console: Console) -> Inputs:
         model=model,
         recipe=strategies,
         train=mixture,
-        valid=data.prepare(fitted[1], model, head=config.head, cache=config.cache),
+        valid=_prepared(config, fitted[1], model, config.head),
         watch=_watched(config, setting, watched),
         tests=tests,
         preflight=check,
@@ -182,8 +204,33 @@ def labelled_frames(config: Config) -> tuple[list[Frame], list[Frame]]:
 def _check_labels(config: Config, train: Sequence[Frame], valid: Sequence[Frame]) -> None:
     wanted, names = config.loss.labels, keys(config)
     judged_by = [] if config.metric.rpartition("/")[2] == "loss" else [config.metric]
-    data.require_labels(train, wanted, keys=names)
+    if not config.loss.hessian:
+        data.require_labels(train, wanted, keys=names)
+    # second derivatives are dear: frames to judge by energies and forces may do without
+    wanted = [name for name in wanted if name != "hessian"] or wanted
     data.require_labels(valid, wanted + [name for name in judged_by if "/" not in name], keys=names)
+
+
+def _check_moments(config: Config, begin: Start, strategies: Recipe) -> None:
+    """A loss with moments needs a head for them, and a new head needs training."""
+    if config.loss.moments and begin.base.moments is None:
+        raise ValueError(
+            "loss.moments is above 0, but the model has no head for magnetic moments;\nadd one: "
+            "moments: {kind: collinear}."
+        )
+    if config.moments is None:
+        return
+    if not config.loss.moments:
+        raise ValueError(
+            "a head for magnetic moments is added, and nothing would train it: loss.moments is "
+            "0;\ngive it a weight, such as 1."
+        )
+    trains = base.trains(strategies, begin.params)
+    if not any(flag for path, flag in tree.flatten(trains).items() if path.startswith("moments/")):
+        raise ValueError(
+            "a head for magnetic moments is added, and the recipe freezes all of it;\ntrain it: "
+            'also_train: "moments/**" of its strategy, or except: "moments/**" of freeze.'
+        )
 
 
 def _recipe(
@@ -211,6 +258,9 @@ def _own_head(config: Config, model: Potential) -> str:
 def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None:
     """Heads, elements, labels and levels of theory of what strategies bring."""
     own, wanted = _own_head(config, setting.model), config.loss.labels
+    if config.loss.hessian:  # frames with second derivatives often have nothing else, and are few
+        brought = [f for source in base.sources(strategies) for f in source.frames]
+        data.require_labels([*setting.train, *brought], wanted, keys=setting.keys)
     for source in base.sources(strategies):
         setting.model.head_index(source.head or own)
         data.check_elements(source.frames, setting.model.atomic_numbers)
@@ -218,7 +268,8 @@ def _check_sources(config: Config, setting: Setting, strategies: Recipe) -> None
             continue
         if not any(data.has_label(f, w) for f in source.frames for w in wanted):
             data.require_labels(source.frames, wanted, keys=setting.keys)
-        if config.e0s != "foundation" and (source.head or own) == own:
+        has_energies = any(data.has_label(frame, "energy") for frame in source.frames)
+        if has_energies and config.e0s != "foundation" and (source.head or own) == own:
             raise ValueError(
                 f"{source.name!r} replays labels on head {own!r}, whose isolated-atom energies are "
                 f"to be changed (e0s: {config.e0s}), so they would be of two levels of theory;\n"
@@ -250,8 +301,15 @@ def _watched(
         if entry.strategy == "pseudolabel_replay":
             frames = pseudolabel(setting.model, setting.params, frames, head=head)
         if any(data.has_label(f, name) for f in frames for name in ("energy", "forces")):
-            found[entry.name] = data.prepare(frames, setting.model, head=head, cache=config.cache)
+            found[entry.name] = _prepared(config, frames, setting.model, head)
     return found
+
+
+def _prepared(
+    config: Config, frames: Sequence[Frame], model: Potential, head: str | None
+) -> Dataset:
+    """What is judged: with what the loss reads."""
+    return data.prepare(frames, model, head=head, cache=config.cache, probes=config.loss.probes)
 
 
 def _preflight(config: Config, begin: Start, train: Sequence[Frame]) -> Preflight | None:
@@ -300,12 +358,14 @@ def _e0s(
 def _coverage(sets: Mapping[str, Sequence[Frame]]) -> Table:
     table = Table(title="frames and labels", title_justify="left")
     table.add_column("set")
-    for heading in ("frames", "energy", "forces", "stress"):
+    covered = {name: data.coverage(frames) for name, frames in sets.items()}
+    headings = ["frames", "energy", "forces", "stress"]
+    headings += ["moments"] * any(found.moments for found in covered.values())
+    for heading in headings:
         table.add_column(heading, justify="right")
     table.add_column("atoms by element")
-    for name, frames in sets.items():
-        found = data.coverage(frames)
-        counts = (found.frames, found.energy, found.forces, found.stress)
+    for name, found in covered.items():
+        counts = (getattr(found, heading) for heading in headings)
         elements = " ".join(f"{symbol} {n}" for symbol, n in found.elements.items())
         table.add_row(name, *(str(count) for count in counts), elements)
     return table

@@ -67,7 +67,7 @@ def facts(model: Potential, params: Params, provenance: Mapping[str, Any]) -> di
         ``last_readout_only``;
       - ``embeddings``: ``name``, ``kind``, ``per``, ``emb_dim``; ``lowest``, ``highest`` of
         categorical, ``in_dim`` of continuous ones, ``default`` (None: it must be given);
-        ``embedding_readout``;
+        ``embedding_readout``; ``moments``, only of models with a head for them;
       - ``heads``: names; ``scale``, ``shift``: ``{head: value}``, None for a plain MACE;
         ``elements``: symbols in the model's order; ``e0s``: ``{head: {symbol: E0}}``;
       - ``parameters``: counts by group and ``total``; ``parameters_per_layer``: ``interaction``,
@@ -114,7 +114,8 @@ def number(value: Any) -> float | None:
 
 def _architecture(config: MACEConfig) -> dict[str, Any]:
     blocks, products = config.interactions, config.products
-    return {
+    moments = {} if config.moments is None else {"moments": config.moments.model_dump(mode="json")}
+    return moments | {
         "family": config.family,
         "blocks": [block.block for block in blocks],
         "hidden_irreps": [product.irreps_out for product in products],

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from jaxft.graph import Batch, Labels, Weights, totals_of
-from jaxft.potential import Potential, Prediction, predict
+from jaxft.graph import Batch, Curvature, Labels, Weights, totals_of
+from jaxft.moments import check_comparison, differences, offsets_of_means
+from jaxft.potential import Potential, Prediction, predict, predict_along
 from jaxft.typing import Array, LossFn, Params
 
 BOUNDS = (100.0, 200.0, 300.0)
@@ -26,13 +28,17 @@ def weighted(
     forces: float = 100.0,
     stress: float = 0.0,
     virials: float = 0.0,
+    hessian: float = 0.0,
+    moments: float = 0.0,
     error: str = "mse",
     delta: float = 0.01,
+    compare: str = "magnitude",
 ) -> LossFn:
-    r"""Weighted mean errors of energy per atom, forces, stress and virials per atom.
+    r"""Weighted mean errors of energy, forces, stress, virials, curvature and magnetic moments.
 
     .. math:: \lambda_E \langle e(\Delta E/N) \rangle + \lambda_F \langle e(\Delta F) \rangle
               + \lambda_S \langle e(\Delta\sigma) \rangle + \lambda_V \langle e(\Delta V/N) \rangle
+              + \lambda_H \langle e(\Delta Hv) \rangle + \lambda_M \langle e(\Delta\mu) \rangle
 
     Each mean runs over what is labelled, Σ w e / W with W the sum of the weights in
     ``batch.totals``: a missing label is neither a zero nor part of the count, and weight 2 is the
@@ -55,33 +61,62 @@ def weighted(
       forces: λ_F; (eV/Å)⁻².
       stress: λ_S; (eV/Å³)⁻².
       virials: λ_V; (eV/atom)⁻², of V = −volume · σ.
+      hessian: λ_H; (eV/Å)⁻², of the Hessian times the displacement that the batch carries for each
+        frame, see :func:`jaxft.data.prepare`. Batches without such labels do not pay for it.
+      moments: λ_M; µB⁻²; of models with a head for them, :func:`jaxft.surgery.add_moments`.
       error: a name of the table.
       delta: δ of ``huber`` and ``universal``, in the unit of each term.
+      compare: what of the moments, see :func:`jaxft.moments.differences`.
 
     Returns:
-      A loss whose info holds ``energy``, ``forces``, ``stress``, and ``virials`` if it has weight:
-      the means, not multiplied by λ; and :func:`mean_squares` under the names ``SQUARES``.
+      A loss whose info holds ``energy``, ``forces``, ``stress``, and ``virials`` and ``hessian`` if
+      they have weight: the means, not multiplied by λ; :func:`mean_squares` under the names
+      ``SQUARES``, that of the Hessian under ``HESSIAN_SQUARES``; and of moments, where the batch
+      carries any, :func:`moment_errors` and ``moments``.
 
     Raises:
-      ValueError: an unknown error, a negative λ, none that is positive, or δ not above 0.
+      ValueError: an unknown error or comparison, a negative λ, none that is positive, δ not above
+        0, or moments of a model that has none; while it is compiled, that the Hessian or moments
+        have weight and the batch was prepared without them.
 
-    Reference: mace-torch's ``WeightedEnergyForcesStressLoss``, ``WeightedEnergyForcesVirialsLoss``,
+    Reference: the Hessian of random columns after Koker et al., arXiv:2601.07742, of random
+    directions after arXiv:2603.04523. All else: mace-torch's
+    ``WeightedEnergyForcesStressLoss``, ``WeightedEnergyForcesVirialsLoss``,
     ``WeightedHuberEnergyForcesStressLoss``, ``UniversalLoss`` and ``WeightedEnergyForcesL1L2Loss``,
     equal to each where all labels exist with weight 1. On purpose, weights and missing labels
     differ: there masked labels count in the means, the weights of labels lie inside ``universal``'s
     Huber function and scale the force that chooses δ, and ``huber`` and the forces of ``l2`` know
     no weights at all.
     """
-    lambdas = _lambdas(energy=energy, forces=forces, stress=stress, virials=virials)
+    lambdas = _lambdas(
+        energy=energy,
+        forces=forces,
+        stress=stress,
+        virials=virials,
+        hessian=hessian,
+        moments=moments,
+    )
     check_error(error, delta)
+    check_comparison(model, compare, moments)
 
     def loss(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        predicted = predict(model, params, batch.graph)
+        predicted, product = _predicted(model, params, batch, is_curved=hessian > 0)
         found = terms(predicted, batch, error=error, delta=delta)
         if not virials:
             del found["virials"]
         squares = mean_squares(predicted, batch)
-        info = found | {SQUARES[name]: square for name, square in squares.items()}
+        info = {SQUARES[name]: square for name, square in squares.items()}
+        given = batch.curvature
+        if product is not None and given is not None:
+            found["hessian"] = curvature_term(product, given, error=error, delta=delta)
+            info[HESSIAN_SQUARES] = curvature_term(product, given)
+        found |= moment_term(predicted, batch, error=error, delta=delta, compare=compare)
+        if moments and "moments" not in found:
+            raise ValueError(
+                "the loss weighs magnetic moments, and the batch carries none;\nprepare its frames "
+                "(jaxft.data.prepare) for the model with the head."
+            )
+        info = found | info | moment_errors(model, predicted, batch, compare=compare)
         return sum(lambdas[name] * term for name, term in found.items()), info
 
     return loss
@@ -89,6 +124,10 @@ def weighted(
 
 SQUARES = {name: f"{name}_squares" for name in ("energy", "forces", "stress")}
 """Where a loss's info holds :func:`mean_squares`."""
+
+
+HESSIAN_SQUARES = "hessian_squares"
+"""Likewise ⟨(ΔHv)²⟩, (eV/Å)², of losses with such a term."""
 
 
 def mean_squares(predicted: Prediction | Labels, batch: Batch) -> dict[str, Array]:
@@ -116,6 +155,75 @@ def terms(
         ),
         "virials": _mean(jnp.mean(virials, axis=(-2, -1)), weights.stress, totals.stress),
     }
+
+
+def curvature_term(
+    product: Array, given: Curvature, *, error: str = "mse", delta: float = 0.01
+) -> Array:
+    """⟨e(ΔHv)⟩ of :func:`weighted`, of Hessians times a batch's displacements, [N, 3] eV/Å."""
+    off = jnp.mean(ERRORS[error].number(product - given.product, delta), axis=-1)
+    return _mean(off, given.weight, given.total)
+
+
+def _predicted(
+    model: Potential, params: Params, batch: Batch, *, is_curved: bool
+) -> tuple[Prediction, Array | None]:
+    """The prediction and, if it is asked for, the Hessian times the batch's displacements."""
+    graph, given = batch.graph, batch.curvature
+    if not is_curved:
+        return predict(model, params, graph), None
+    if given is None:
+        raise ValueError(
+            "the Hessian has weight in the loss, but the batches carry no displacements;\n"
+            "prepare their frames with probes='column' or 'gaussian'."
+        )
+    # second derivatives are dear: frames of co-training, say, have no such labels
+    return jax.lax.cond(
+        jnp.any(given.weight > 0),
+        lambda params: predict_along(model, params, graph, given.probe),
+        lambda params: (predict(model, params, graph), jnp.zeros_like(given.probe)),
+        params,
+    )
+
+
+def moment_term(
+    predicted: Prediction,
+    batch: Batch,
+    *,
+    error: str = "mse",
+    delta: float = 0.01,
+    compare: str = "magnitude",
+) -> dict[str, Array]:
+    """``{"moments": ⟨e(Δµ)⟩}`` over labelled atoms; empty where model or batch has no moments."""
+    if predicted.moments is None or batch.labels.moments is None:
+        return {}
+    errors = ERRORS[error].number(differences(predicted.moments, batch, compare), delta)
+    return {"moments": _mean_of_atoms(errors, batch)}
+
+
+MOMENT_ERRORS = ("moments_squares", "moments_errors", "moments_mean_errors")
+"""Where a loss's info holds :func:`moment_errors`."""
+
+
+def moment_errors(
+    model: Potential, predicted: Prediction, batch: Batch, *, compare: str = "magnitude"
+) -> dict[str, Array]:
+    """⟨Δµ²⟩ and ⟨|Δµ|⟩; and where magnitudes are compared ⟨|Δµ|⟩ of predicting, for each atom,
+    its element's mean."""
+    if predicted.moments is None or batch.labels.moments is None:
+        return {}
+    delta = differences(predicted.moments, batch, compare)
+    found = [delta**2, jnp.abs(delta)]
+    if compare == "magnitude":
+        found.append(jnp.abs(offsets_of_means(model, batch)))
+    means = (_mean_of_atoms(each, batch) for each in found)
+    return dict(zip(MOMENT_ERRORS, means, strict=False))
+
+
+def _mean_of_atoms(values: Array, batch: Batch) -> Array:
+    """Of [N] or [N, 3], by the weights of the moments."""
+    per_atom = values.reshape(len(values), -1).mean(axis=-1)
+    return _mean(per_atom, batch.weights.moments, batch.totals.moments)
 
 
 def outputs(

@@ -21,6 +21,7 @@ def objective(config: Config, model: Potential) -> LossFn:
         **config.loss.terms,
         error=config.loss.error,
         delta=config.loss.delta,
+        compare=config.loss.compare,
     )
     if config.compute_dtype == config.parameter_dtype:
         return chosen
@@ -31,14 +32,27 @@ def outputs(config: Config, model: Potential) -> Callable[[Params, Any], Any]:
     """What a sampled Fisher differentiates, weighed as the config's loss.
 
     Raises:
-      ValueError: the loss is not one of squared errors.
+      ValueError: the loss is not one of squared errors, or has a term of the Hessian or of
+        moments.
     """
+    if config.loss.hessian:
+        raise ValueError(
+            "a sampled Fisher knows no Hessian, but the loss has a term of it;\n"
+            "override it for this command: loss.hessian=0."
+        )
     if config.loss.error != "mse":
         raise ValueError(
             f"a sampled Fisher is that of squared errors, but the loss is {config.loss.error!r};\n"
             "override it for this command: loss.error=mse."
         )
-    vector = loss.outputs(model, labelled_only=False, **config.loss.terms)
+    if config.loss.moments:
+        raise ValueError(
+            "a sampled Fisher is that of energies, forces and stresses, but the loss has "
+            "moments;\noverride it for this command: loss.moments=0."
+        )
+    others = ("hessian", "moments")
+    terms = {n: weight for n, weight in config.loss.terms.items() if n not in others}
+    vector = loss.outputs(model, labelled_only=False, **terms)
     dtype = config.compute_dtype
     return lambda params, batch: vector(
         jax.tree.map(lambda leaf: leaf.astype(dtype), params), batch

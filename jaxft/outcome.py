@@ -95,19 +95,28 @@ def _also_cited(config: Config) -> tuple[str, ...]:
 
 
 def comparison(judged: Sequence[Judged]) -> Table:
-    """RMSE of every test set before and after."""
+    """RMSE of every test set before and after; of moments also that of each element's mean."""
     table = Table(title="RMSE before → after", title_justify="left")
     table.add_column("set")
     table.add_column("frames", justify="right")
+    totals = [
+        [errors(item.frames, results).total for results in (item.before, item.after)]
+        for item in judged
+    ]
+    has_moments = any(after.moments.frames for _, after in totals)
     for heading in ("E meV/atom", "F meV/Å", "σ meV/Å³"):
         table.add_column(heading, justify="right")
-    for item in judged:
-        row_before, row_after = (
-            errors(item.frames, results).total.rmse() for results in (item.before, item.after)
-        )
+    if has_moments:
+        table.add_column("|µ| mµB (means)", justify="right")
+    for item, (before, after) in zip(judged, totals, strict=True):
+        row_before, row_after = before.rmse(), after.rmse()
         cells = [
             "–" if row_before[k] is None else f"{row_before[k]:.1f} → {row_after[k]:.1f}"
             for k in ("energy", "forces", "stress")
         ]
+        if has_moments:
+            spreads = (before.moments, after.moments, after.mean_moments)
+            told = [f"{1e3 * s.rmse:.1f}" for s in spreads if s.rmse is not None]
+            cells.append(f"{told[0]} → {told[1]} ({told[2]})" if told else "–")
         table.add_row(item.name, str(len(item.frames)), *cells)
     return table

@@ -189,6 +189,9 @@ def _summary_of_ends(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         rows.append((f"embeds {item['name']}", text))
     if found["embedding_readout"]:
         rows.append(("embedding readout", "yes"))
+    if moments := found.get("moments"):
+        adds = ", adds to the energy" if moments["energy"] else ""
+        rows.append(("magnetic moments", f"{moments['kind']}{adds}"))
     return rows
 
 

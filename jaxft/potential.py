@@ -1,14 +1,16 @@
 """A model with its constants, and the energies, forces and stresses that follow from it.
 
 Only the edge vectors are differentiated: with ``g = dE/dvector`` the forces are sums of ``g`` over
-rows and senders, the virial is a sum of ``g ⊗ vector``, and there is no strain variable.
+rows and senders, the virial is a sum of ``g ⊗ vector``, and there is no strain variable. A
+displacement u of the atoms moves an edge by ``u[receiver] - u[sender]``, so the Hessian times u is
+the same sums of the derivative of g along these, and periodic images need no supercell.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,15 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.graph import Graph, sum_atoms, sum_rows, sum_senders
+from jaxft.graph import Graph, sum_atoms, sum_rows, sum_senders, take
 from jaxft.models.backend import XLA, Backend, choose
-from jaxft.models.config import EmbeddingConfig, MACEConfig
+from jaxft.models.config import EmbeddingConfig, MACEConfig, MomentsConfig
 from jaxft.models.contraction import Coupling, compress, noise_of
 from jaxft.models.irreps import multiplicities
 from jaxft.models.mace import MACE, Constants
 from jaxft.typing import Array, Params
 
 E0_BUFFER = "atomic_energies_fn/atomic_energies"
+MEANS_BUFFER = "moments/means"
+"""[elements] µB: means of |µ| in the labels that a moment head was made for."""
 
 
 class Prediction(NamedTuple):
@@ -38,6 +42,8 @@ class Prediction(NamedTuple):
     """[N, 3] eV/Å."""
     stress: Array
     """[G, 3, 3] eV/Å³, ASE sign (positive under tension); meaningful for periodic graphs."""
+    moments: Array | None = None
+    """[N] µB, or [N, 3] of a head for vectors; None without a moment head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,12 @@ class Potential:
         return self.config.r_max
 
     @property
+    def channels(self) -> int:
+        """Hidden features of a kind, at most: 128 of MACE-MP-0."""
+        layers = (multiplicities(layer.hidden_irreps) for layer in self.config.interactions)
+        return max(count for layer in layers for count in layer.values())
+
+    @property
     def heads(self) -> tuple[str, ...]:
         """Levels of theory that the model speaks for, at least one."""
         return self.config.heads
@@ -80,6 +92,17 @@ class Potential:
     def embeddings(self) -> tuple[EmbeddingConfig, ...]:
         """Features of graphs and atoms that the model reads, such as the total charge."""
         return self.config.embeddings
+
+    @property
+    def moments(self) -> MomentsConfig | None:
+        """The head for magnetic moments, if there is one; :func:`jaxft.surgery.add_moments`."""
+        return self.config.moments
+
+    @property
+    def mean_moments(self) -> np.ndarray | None:
+        """[elements] µB, each element's mean |µ|, of models with a moment head: what a prediction
+        has to beat."""
+        return None if self.moments is None else np.asarray(self.buffers[MEANS_BUFFER], np.float64)
 
     @property
     def e0s(self) -> np.ndarray:
@@ -174,6 +197,19 @@ class Potential:
         with jax.default_matmul_precision(self.backend.precision.features):
             return self.module.apply({"params": params}, graph, self._cast(graph.vectors.dtype))
 
+    def node_outputs(self, params: Params, graph: Graph) -> tuple[Array, Array | None]:
+        """[N] eV as :meth:`node_energies`, and moments as in :class:`Prediction`."""
+        if self.moments is None:
+            return self.node_energies(params, graph), None
+        with jax.default_matmul_precision(self.backend.precision.features):
+            energies, kept = self.module.apply(
+                {"params": params},
+                graph,
+                self._cast(graph.vectors.dtype),
+                mutable=["intermediates"],
+            )
+        return energies, kept["intermediates"]["magnetic_moments"][0]
+
     def invariants(self, params: Params, graph: Graph) -> Array:
         """[N, d]: the scalar features of the atoms after every layer, one layer after the other.
 
@@ -194,18 +230,81 @@ class Potential:
 
 def predict(model: Potential, params: Params, graph: Graph) -> Prediction:
     """Energy, forces and stress of every graph. Pure; jit it with ``model`` closed over."""
+    gradient, per_atom = _gradient(model, params, graph)(graph.vectors)
+    return _prediction(graph, gradient, *per_atom)
 
-    def total(vectors: Array) -> tuple[Array, Array]:
-        node_energy = model.node_energies(params, graph._replace(vectors=vectors))
-        return node_energy.sum(), node_energy
 
-    gradient, node_energy = jax.grad(total, has_aux=True)(graph.vectors)
+def predict_along(
+    model: Potential, params: Params, graph: Graph, displacement: Array
+) -> tuple[Prediction, Array]:
+    """:func:`predict` and :func:`hvp`, sharing the gradient that both need.
+
+    Args:
+      model, params, graph: as in :func:`predict`.
+      displacement: [N, 3] Å, zero where there is only padding.
+
+    Returns:
+      The prediction, and [N, 3] eV/Å.
+    """
+    tangents = _edges_along(graph, displacement)
+    gradient = _gradient(model, params, graph)
+    value, change, per_atom = jax.jvp(gradient, (graph.vectors,), (tangents,), has_aux=True)
+    return _prediction(graph, value, *per_atom), _onto_atoms(graph, change)
+
+
+def hvp(model: Potential, params: Params, graph: Graph, displacement: Array) -> Array:
+    """Hessian of the energy times a displacement of all atoms, by forward over reverse mode.
+
+    The derivative of minus the forces along the displacement: positive as force constants are.
+    Pure, and differentiable in parameters.
+
+    Args:
+      model, params, graph: as in :func:`predict`.
+      displacement: [N, 3] Å; graphs of a batch do not feel one another's.
+
+    Returns:
+      [N, 3] eV/Å.
+    """
+
+    def gradient(vectors: Array) -> Array:
+        return _gradient(model, params, graph)(vectors)[0]
+
+    tangents = _edges_along(graph, displacement)
+    _, change = jax.jvp(gradient, (graph.vectors,), (tangents,))
+    return _onto_atoms(graph, change)
+
+
+def _gradient(
+    model: Potential, params: Params, graph: Graph
+) -> Callable[[Array], tuple[Array, tuple[Array, Array | None]]]:
+    """Edge vectors -> dE/dvector, and the atoms' energies and magnetic moments."""
+
+    def total(vectors: Array) -> tuple[Array, tuple[Array, Array | None]]:
+        node_energy, moments = model.node_outputs(params, graph._replace(vectors=vectors))
+        return node_energy.sum(), (node_energy, moments)
+
+    return jax.grad(total, has_aux=True)
+
+
+def _prediction(
+    graph: Graph, gradient: Array, node_energy: Array, moments: Array | None
+) -> Prediction:
     # receiver minus sender: dE/dr is +g on the receiver and -g on the sender
     forces = sum_senders(gradient, graph) - sum_rows(gradient.sum(axis=1), graph)
     virial = jnp.einsum("rka,rkb->rab", gradient, graph.vectors, precision="highest")
     virial = sum_atoms(sum_rows(virial, graph), graph)
     stress = 0.5 * (virial + virial.swapaxes(1, 2)) / graph.volume[:, None, None]
-    return Prediction(sum_atoms(node_energy, graph), node_energy, forces, stress)
+    return Prediction(sum_atoms(node_energy, graph), node_energy, forces, stress, moments)
+
+
+def _edges_along(graph: Graph, displacement: Array) -> Array:
+    """[N, 3] -> [R, K, 3]: how edge vectors change."""
+    return take(displacement, graph.receivers)[:, None] - take(displacement, graph.senders)
+
+
+def _onto_atoms(graph: Graph, change: Array) -> Array:
+    """Derivatives by edge vectors, [R, K, 3], as derivatives by positions, [N, 3]."""
+    return sum_rows(change.sum(axis=1), graph) - sum_senders(change, graph)
 
 
 def _orders(correlation: int) -> range:

@@ -35,6 +35,9 @@ class KeysConfig(Strict):
     forces: str = "REF_forces"
     stress: str = "REF_stress"
     virials: str = "REF_virials"
+    hessian: str = "REF_hvp"
+    probe: str = "probe"
+    moments: str = "REF_magmoms"
 
 
 @dataclass(frozen=True)

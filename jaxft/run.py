@@ -264,6 +264,7 @@ def _save_adapter(
     coords = {name: owned for name, owned in fitted.trainable.coords.items() if owned}
     if not coords or path.exists():
         return
+    added = config.moments
     adapter.save(
         path,
         adapter.Adapter(
@@ -273,6 +274,8 @@ def _save_adapter(
             heads=given.model.heads,
             e0s=given.model.e0s,
             like=given.start.like,
+            moments=None if added is None else {**added.model_dump(), "seed": config.seed},
+            mean_moments=None if added is None else given.model.mean_moments,
         ),
     )
     console.print(f"wrote {path} (`jaxft merge {config.model} {path} OUT.jaxft`)")

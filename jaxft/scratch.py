@@ -198,5 +198,6 @@ def _with_neighbours(config: MACEConfig, average: float) -> MACEConfig:
 
 def randomised(model: Potential, seed: int) -> Params:
     """Parameters of a model, drawn anew; float32."""
-    params: Params = jax.jit(model.init)(jax.random.key(seed))
+    with jax.enable_x64(False):  # the same numbers whatever JAX is set to
+        params: Params = jax.jit(model.init)(jax.random.key(seed))
     return params

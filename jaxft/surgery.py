@@ -25,7 +25,9 @@ from jaxft import tree
 from jaxft.models.config import MACEConfig
 from jaxft.models.contraction import weight_names
 from jaxft.models.irreps import multiplicities
-from jaxft.potential import E0_BUFFER, Potential
+from jaxft.momenthead import add_moments as add_moments
+from jaxft.momenthead import remove_moments as remove_moments
+from jaxft.potential import E0_BUFFER, MEANS_BUFFER, Potential
 from jaxft.typing import Array, Params
 
 MAX_NAME = 200
@@ -288,6 +290,11 @@ def _element_blocks(config: MACEConfig) -> dict[str, _Blocks]:
             for name in multiplicities(product.irreps_out):
                 for weights in weight_names(product.correlation):
                     found[f"products_{i}/symmetric_contractions/{name}/{weights}"] = plain
+    if config.moments is not None:
+        found |= {"moments/linear_2/0e": normalised, "moments/bias": plain}
+        if config.moments.energy:
+            found |= {"moments/onsite": plain, "moments/exchange_bias": plain}
+            found["moments/exchange_linear/0e"] = normalised
     return found
 
 
@@ -329,6 +336,8 @@ def _with_elements(
         "atomic_numbers": np.asarray(numbers, table.dtype),
         E0_BUFFER: np.asarray(model.buffers[E0_BUFFER])[..., rows],
     }
+    if MEANS_BUFFER in buffers:
+        buffers[MEANS_BUFFER] = np.asarray(buffers[MEANS_BUFFER])[rows]
     config = _changed(model.config, atomic_numbers=tuple(numbers))
     return replace(model, config=config, buffers=buffers), params
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxft import optimizer, parallel, tree
-from jaxft.graph import Batch, totals_of
+from jaxft.graph import Batch, totals_of, with_totals
 from jaxft.strategies import base
 from jaxft.strategies.base import Recipe
 from jaxft.typing import Array, LossFn, Params
@@ -173,9 +173,12 @@ def finetune(
 
 def _with_totals_of_all(batch: Batch) -> Batch:
     """With the sums of the weights over all devices, and over micro-batches where there are any."""
-    totals = parallel.total(totals_of(batch.weights))
-    like = jax.tree.map(lambda total, own: jnp.full_like(own, total), totals, batch.totals)
-    return batch._replace(totals=like)
+    curvature = batch.curvature
+    probed = None if curvature is None else curvature.weight.sum()
+    found = parallel.total((totals_of(batch.weights), probed))
+    before = batch.totals, None if curvature is None else curvature.total
+    like = jax.tree.map(lambda total, own: jnp.full_like(own, total), found, before)
+    return with_totals(batch, *like)
 
 
 def _check_averages(recipe: Recipe, opt_state: optax.OptState) -> None:

@@ -48,6 +48,14 @@ class Feature(Protocol):
         """Numbers per graph or atom."""
 
 
+class MomentHead(Protocol):
+    """What a model predicts of magnetic moments."""
+
+    @property
+    def kind(self) -> str:
+        """``"collinear"``, ``"signed"`` or ``"vector"``."""
+
+
 class Domain(Protocol):
     """What data preparation must know of a model: which atoms, how far they see, their E0s."""
 
@@ -66,6 +74,10 @@ class Domain(Protocol):
     @property
     def embeddings(self) -> Sequence[Feature]:
         """What frames must tell besides elements and positions."""
+
+    @property
+    def moments(self) -> MomentHead | None:
+        """The head for magnetic moments, if there is one."""
 
     def head_index(self, head: str | None = None) -> int:
         """The position of a head; ValueError if there is none or the choice is open."""

@@ -19,6 +19,7 @@ class LennardJones:
     atomic_numbers: tuple = (2, 18)
     heads: tuple = ("Default",)
     embeddings: tuple = ()
+    moments: None = None
     e0s = np.array([[-1.0, -3.0]])
 
     def head_index(self, head=None):
@@ -32,6 +33,9 @@ class LennardJones:
     def node_energies(self, params, graph):
         r = jnp.sqrt((graph.vectors**2).sum(-1))
         return sum_rows(0.5 * self.pair(params, r).sum(-1), graph)
+
+    def node_outputs(self, params, graph):
+        return self.node_energies(params, graph), None
 
 
 @dataclass(frozen=True, eq=False)

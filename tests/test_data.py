@@ -92,7 +92,8 @@ def test_a_missing_label_is_none_and_has_no_weight(tmp_path, model):
     assert batch.weights.energy.tolist() == [1, 1, 0, 0]
     assert batch.weights.stress.tolist() == [1, 0, 0, 0]
     assert batch.weights.forces.tolist() == [1, 1, 0, 0, 0, 0, 0]
-    assert [float(total) for total in batch.totals] == [2, 2, 1]
+    assert batch.totals.moments is None
+    assert [float(total) for total in batch.totals[:3]] == [2, 2, 1]
     counted = data.coverage(frames)
     assert (counted.frames, counted.energy, counted.forces, counted.stress) == (3, 2, 1, 1)
     assert counted.elements == {"Na": 3, "Cl": 3}
@@ -135,7 +136,7 @@ def test_weights_are_read_under_mace_torchs_names(tmp_path, model):
     assert batch.weights.energy.tolist() == [6.0, 1.0, 0.0]
     assert batch.weights.forces.tolist()[:4] == [4.0, 0.0, 0.0, 0.0]
     assert batch.weights.stress.tolist() == [0.5, 0.0, 0.0]
-    assert [float(total) for total in batch.totals] == [7.0, 4.0, 0.5]
+    assert [float(total) for total in batch.totals[:3]] == [7.0, 4.0, 0.5]
     virials = crystal(REF_virials=-VOIGT, config_virials_weight=3.0)
     assert data.from_atoms(virials).stress_weight == 3.0
 
@@ -425,7 +426,9 @@ def test_padding_is_beyond_the_cutoff_and_belongs_to_the_last_graph(dataset, mod
         assert not weights.energy[~graph.is_graph].any()
         assert not weights.stress[~graph.is_graph].any()
         assert not weights.forces[~graph.is_atom].any()
-        floats = [graph.vectors, graph.volume, *batch.labels, *batch.weights, *batch.totals]
+        floats = jax.tree.leaves(
+            (graph.vectors, graph.volume, batch.labels, batch.weights, batch.totals)
+        )
         assert {array.dtype.name for array in floats} == {dtype}
 
 

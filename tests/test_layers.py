@@ -15,17 +15,19 @@ import jaxft
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    0: ["tree", "typing", "version", "compilation", "document", "hugepages", "postponed"],
+    0: ["tree", "typing", "version", "compilation", "document", "effort", "hugepages", "postponed"],
     1: ["graph", "source", "parallel"],
     2: ["models", "data", "strategies"],
     3: [
         "potential",
         "loss",
+        "moments",
         "fisher",
         "fisherfile",
         "calibration",
         "architecture",
         "surgery",
+        "momenthead",
         "testing",
     ],
     4: [
@@ -64,6 +66,7 @@ LAYERS = {
         "adapter",
         "presets",
         "study",
+        "surrogate",
         "inspection",
         "page",
     ],

@@ -25,6 +25,7 @@ class Toy:
     atomic_numbers = (1, 6, 8, 17)
     r_max = 2.0
     embeddings = ()
+    moments = None
     heads = ("old", "new")
     e0s = np.array([[-1.0, -2.0, -3.0, -4.0], [-10.0, -20.0, -30.0, -40.0]])
 

@@ -123,12 +123,13 @@ def test_a_new_model_carries_its_statistics(lean, frames):
     assert dict(zip(model.atomic_numbers, model.e0s[0].tolist(), strict=True)) == E0S
 
 
-def test_a_bundle_lends_its_architecture_alone(model, params, frames):
+def test_a_bundle_lends_its_architecture_alone(small, frames):
+    model, params = small
     own = dict(zip(model.atomic_numbers, model.e0s[0].tolist(), strict=True))
     again, drawn = scratch.again(model, frames, e0s={1: -1.0}, seed=5)
     found = scratch.statistics(frames, model.r_max, own | {1: -1.0})
     assert again.e0s[0].tolist() == [-1.0, *model.e0s[0, 1:].tolist()]
-    assert again.config.interactions[1].avg_num_neighbors == found.avg_num_neighbors
+    assert again.config.interactions[0].avg_num_neighbors == found.avg_num_neighbors
     assert float(again.constants.scale[0]) == found.scale
     before, after = tree.flatten(params), tree.flatten(drawn)
     assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}

@@ -11,6 +11,7 @@ from jaxft.cli import (  # each adds its commands
     physics,
     statics,
     study,
+    surrogate,
     train,
 )
 from jaxft.cli.shared import app, console
@@ -28,5 +29,6 @@ __all__ = [
     "physics",
     "statics",
     "study",
+    "surrogate",
     "train",
 ]

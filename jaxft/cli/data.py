@@ -22,6 +22,7 @@ def check(
     forces_key: str = "REF_forces",
     stress_key: str = "REF_stress",
     virials_key: str = "REF_virials",
+    moments_key: str = "REF_magmoms",
     as_json: Json = False,
 ) -> None:
     """Labels, units, duplicates, close contacts, outliers, elements. Exit code 1 if DATA cannot be
@@ -31,7 +32,7 @@ def check(
     from jaxft.data.audit import audit
 
     potential = None if model is None else bundles.load_numpy(model)[0]
-    keys = data.Keys(energy_key, forces_key, stress_key, virials_key)
+    keys = data.Keys(energy_key, forces_key, stress_key, virials_key, moments_key)
     found = audit(data.read(files, keys=keys), model=potential)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
@@ -95,3 +96,45 @@ def rattle(
         raise ValueError("no frame was made, so nothing was written; see the flags.")
     if not as_json:
         console.print(f"wrote {output} ({len(found)} frames)", highlight=False)
+
+
+@data_app.command("hessian")
+@command
+def hessian(
+    crystals: Annotated[list[Path], typer.Argument(metavar="CRYSTAL...")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="NAME.xyz")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Bundle whose second derivatives are the labels.")
+    ] = None,
+    supercell: Annotated[
+        str | None, typer.Option(help='Repetitions, as "2 2 2", where no file says them.')
+    ] = None,
+    min_length: Annotated[float, typer.Option(help="Of other supercells, Å.")] = 10.0,
+    at_rest: Annotated[
+        bool, typer.Option("--at-rest", help="Forces and stress of 0 are labels, too.")
+    ] = False,
+    head: Head = None,
+) -> None:
+    """Force constants (folders of phonopy, as of evaluate phonons) or a teacher's second
+    derivatives as labels of perfect supercells, for the Hessian in a loss."""
+    import ase.io
+
+    from jaxft.cli.phonons import repetitions
+    from jaxft.cli.shared import load
+    from jaxft.evaluate.candidate import JaxCandidate
+    from jaxft.evaluate.crystals import phonopy_api, read_crystal
+    from jaxft.evaluate.curvature import labelled
+
+    phonopy_api()
+    if output.exists():
+        raise ValueError(f"{output} exists; give another --output.")
+    found = [read_crystal(path, repetitions(supercell)) for path in crystals]
+    own = None
+    if teacher is not None:
+        own = JaxCandidate("teacher", *load(teacher, Dtype.float64, head), head=head)
+    frames = [
+        labelled(one, teacher=own, min_length=min_length, is_at_rest=at_rest) for one in found
+    ]
+    ase.io.write(output, frames, format="extxyz")
+    told = ", ".join(f"{atoms.symbols} {atoms.arrays['probe'].shape[1] // 3}" for atoms in frames)
+    console.print(f"wrote {output} (columns of {told})", highlight=False)

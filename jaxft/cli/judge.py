@@ -37,7 +37,8 @@ def predict(
     ] = None,
     backend: Annotated[BackendName, typer.Option(help="auto is xla.")] = BackendName.auto,
 ) -> None:
-    """Energies, forces and stresses of all frames of IN, written to OUT.xyz."""
+    """Energies, forces, stresses of all frames of IN, and magnetic moments where the model has a
+    head for them, written to OUT.xyz."""
     from jaxft.display import Display
     from jaxft.evaluate.predictions import predict_file
     from jaxft.models.backend import choose
@@ -68,6 +69,7 @@ def evaluate_errors(
     energy_key: str = "REF_energy",
     forces_key: str = "REF_forces",
     stress_key: str = "REF_stress",
+    moments_key: str = "REF_magmoms",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     plot: Annotated[Path | None, typer.Option(help="Parity plot to write (PNG).")] = None,
     model: Annotated[
@@ -81,7 +83,7 @@ def evaluate_errors(
     report: Report = None,
     as_json: Json = False,
 ) -> None:
-    """MAE and RMSE of energy, forces and stress against the labels of DATA.
+    """MAE and RMSE of energy, forces, stress and magnetic moments against the labels of DATA.
 
     With --model, --every-head, --save or --report the result is that of the other checks: a row per
     model and group, its JSON document, its page.
@@ -95,7 +97,7 @@ def evaluate_errors(
     if plot is not None:
         check_picture(plot)
     check_outputs(save, report)
-    keys = data.Keys(energy_key, forces_key, stress_key)
+    keys = data.Keys(energy_key, forces_key, stress_key, moments=moments_key)
     if model or every_head or save or report:
         if plot is not None:
             raise ValueError("--plot is of one model alone; --report has parity pictures of all.")

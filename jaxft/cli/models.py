@@ -122,11 +122,17 @@ def export(
     state_dict: Annotated[
         bool, typer.Option("--state-dict", help="Write only the state_dict, as OUT.pt.")
     ] = False,
+    without_moments: Annotated[
+        bool,
+        typer.Option(
+            "--without-moments", help="Leave out the head for magnetic moments, which torch lacks."
+        ),
+    ] = False,
 ) -> None:
     """Write a BUNDLE as a torch .model that mace-torch loads (needs jaxft[torch])."""
     from converters.to_torch import export as write
 
-    write(bundle, output, state_dict=state_dict)
+    write(bundle, output, state_dict=state_dict, without_moments=without_moments)
     console.print(f"wrote {output}")
 
 

@@ -88,14 +88,15 @@ def evaluate_phonons(
     )
     if kappa:
         phono3py_api()
-    crystals = [read_crystal(path, _repetitions(supercell)) for path in crystal]
+    crystals = [read_crystal(path, repetitions(supercell)) for path in crystal]
     judged = candidates(models, dtype, head, batch_size)
     with Display(console).counter(label="phonons") as advance:
         finding = phonons(judged, crystals, options, reference=reference, progress=advance)
     show(finding, as_json=as_json, save=save, report=report, tables=tables(finding))
 
 
-def _repetitions(text: str | None) -> tuple[int, ...] | None:
+def repetitions(text: str | None) -> tuple[int, ...] | None:
+    """Three numbers of a command line."""
     if text is None:
         return None
     words = text.replace(",", " ").split()

@@ -34,6 +34,7 @@ from jaxft.data.frames import (
     without_isolated_atoms,
 )
 from jaxft.data.mixture import Mixture, alone
+from jaxft.data.moments import magnitudes, mean_moments
 from jaxft.data.prefetch import prefetch
 from jaxft.data.selection import filter_elements, select
 from jaxft.data.sources import mixture
@@ -64,6 +65,8 @@ __all__ = [
     "from_atoms",
     "has_label",
     "isolated_atom_energies",
+    "magnitudes",
+    "mean_moments",
     "mixture",
     "num_batches",
     "pack",

@@ -78,7 +78,7 @@ class Spread:
             found = []
             for part in self.mine if self.mine is not None else range(self.parts):
                 own = [
-                    pack(data, chosen, shape, self.dtype)
+                    pack(data, chosen, shape, self.dtype, key=(self.seed or 0, number))
                     if len(chosen)
                     else _nobody(pack(data, anyone, shape, self.dtype))
                     for chosen in frames[part]
@@ -232,6 +232,7 @@ def _nobody(batch: Batch) -> Batch:
     )
     return batch._replace(
         graph=graph,
+        curvature=jax.tree.map(np.zeros_like, batch.curvature),
         weights=jax.tree.map(np.zeros_like, batch.weights),
         totals=jax.tree.map(np.zeros_like, batch.totals),
         frame=np.full_like(batch.frame, -1),

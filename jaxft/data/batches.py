@@ -13,13 +13,15 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from jaxft.data.cache import cached_neighbours
+from jaxft.data.curvatures import Probes, check_probes
 from jaxft.data.features import USUAL as USUAL
 from jaxft.data.features import feature_of
 from jaxft.data.frames import Frame
+from jaxft.data.moments import moment_labels
 from jaxft.data.neighbours import neighbours
 from jaxft.data.packing import ATOM_COST, ROW_COST, Shape, ladder, plan, smallest
 from jaxft.data.samples import Sample, best_width, sample_of
-from jaxft.graph import PADDING_DISTANCE, Batch, Graph, Labels, Weights, totals_of
+from jaxft.graph import PADDING_DISTANCE, Batch, Curvature, Graph, Labels, Weights, totals_of
 from jaxft.typing import Domain
 
 SIMULATED = 1024
@@ -39,6 +41,8 @@ class Dataset:
     row_width: int
     per_atom: frozenset[str] = frozenset()
     """Names of the features that belong to atoms, not graphs."""
+    probes: Probes | None = None
+    """Which displacements batches carry for the Hessian in a loss; None is none at all."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -76,6 +80,7 @@ def prepare(
     head: str | Sequence[str | None] | None = None,
     row_width: int | None = None,
     cache: Path | None = None,
+    probes: Probes | None = None,
 ) -> Dataset:
     """Build neighbour lists and remove the model's isolated-atom energies from the labels.
 
@@ -86,12 +91,15 @@ def prepare(
         head.
       row_width: slots per edge row; by default the one of ``ROW_WIDTHS`` that costs least.
       cache: a folder where neighbour lists are kept between runs; see :mod:`jaxft.data.cache`.
+      probes: with it batches carry a displacement of every frame and the Hessian times it, see
+        :mod:`jaxft.data.curvatures`; needed by a loss in which the Hessian has weight.
 
     Raises:
-      ValueError: a frame holds an element that the model does not know, an impossible geometry, or
-        not the features that the model reads; or a head is unknown, or their number is not that of
-        the frames.
+      ValueError: a frame holds an element that the model does not know, an impossible geometry,
+        moments that the model's head cannot learn, or not the features that the model reads; or a
+        head is unknown, or their number is not that of the frames.
     """
+    check_probes(probes)
     heads = _heads(head, frames, model)
     check_elements(frames, model.atomic_numbers)
     features = [{f.name: feature_of(frame, f) for f in model.embeddings} for frame in frames]
@@ -110,10 +118,13 @@ def prepare(
     for frame, edge, given, index in zip(frames, edges, features, heads, strict=True):
         species = np.searchsorted(present, frame.atomic_numbers)
         e0 = float(model.e0s[index][table[frame.atomic_numbers]].sum())
-        samples.append(sample_of(frame, edge, species, e0, index, given, model.r_max, width))
+        moments = moment_labels(frame, model.moments)
+        samples.append(
+            sample_of(frame, edge, species, e0, index, given, model.r_max, width, moments)
+        )
     per_atom = frozenset(f.name for f in model.embeddings if f.per == "atom")
     rows = table[present].astype(np.int32)
-    return Dataset(frames, samples, rows, model.r_max, width, per_atom)
+    return Dataset(frames, samples, rows, model.r_max, width, per_atom, probes)
 
 
 def _heads(
@@ -201,7 +212,7 @@ def epoch(
     sizes = shapes(dataset, size, shuffled=seed is not None)
     for chosen in itertools.islice(_plan(dataset, size, seed, number), start, None):
         shape = smallest(sizes, dataset.nodes[chosen].sum(), dataset.rows[chosen].sum())
-        yield pack(dataset, chosen, shape, dtype)
+        yield pack(dataset, chosen, shape, dtype, key=(seed or 0, number))
 
 
 def _plan(dataset: Dataset, size: int, seed: int | None, number: int) -> Iterator[np.ndarray]:
@@ -241,8 +252,18 @@ def padding(dataset: Dataset, size: int, *, seed: int | None = 0, number: int = 
     )
 
 
-def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dtype: str) -> Batch:
-    """One padded batch (numpy) of the frames at the positions ``chosen``."""
+def pack(
+    dataset: Dataset,
+    chosen: Sequence[int] | np.ndarray,
+    shape: Shape,
+    dtype: str,
+    *,
+    key: tuple[int, int] = (0, 0),
+) -> Batch:
+    """One padded batch (numpy) of the frames at the positions ``chosen``.
+
+    Seed and number of the epoch, ``key``, determine the displacements that it carries, if any.
+    """
     n_node, n_row, n_graph = shape
     width = dataset.row_width
     species = np.zeros(n_node, np.int32)
@@ -257,6 +278,7 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
     energy, energy_weight = np.zeros(n_graph), np.zeros(n_graph)
     stress, stress_weight = np.zeros((n_graph, 3, 3)), np.zeros(n_graph)
     frame = np.full(n_graph, -1, np.int32)
+    moments = [np.zeros((n_node, *array.shape[1:])) for array in dataset.samples[chosen[0]].moments]
     # padding takes the values of a frame, which are valid ones
     first = dataset.samples[chosen[0]]
     head = np.full(n_graph, first.head, np.int32)
@@ -281,12 +303,15 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
         energy[g], energy_weight[g] = sample.energy, sample.energy_weight
         forces[atoms], forces_weight[atoms] = sample.forces, sample.forces_weight
         stress[g], stress_weight[g] = sample.stress, sample.stress_weight
+        for array, value in zip(moments, sample.moments, strict=True):
+            array[atoms] = value
         node, row = atoms.stop, rows.stop
 
     def real(array: np.ndarray) -> np.ndarray:
         return array.astype(dtype)
 
-    weights = Weights(real(energy_weight), real(forces_weight), real(stress_weight))
+    moment, moment_weight = map(real, moments) if moments else (None, None)
+    weights = Weights(real(energy_weight), real(forces_weight), real(stress_weight), moment_weight)
     return Batch(
         graph=Graph(
             vectors=real(vectors),
@@ -301,9 +326,35 @@ def pack(dataset: Dataset, chosen: Sequence[int] | np.ndarray, shape: Shape, dty
             head=head,
             features={name: real(value) for name, value in features.items()},
         ),
-        labels=Labels(real(energy), real(forces), real(stress)),
+        labels=Labels(real(energy), real(forces), real(stress), moment),
         weights=weights,
         totals=totals_of(weights),
         n_atoms=n_atoms,
         frame=frame,
+        curvature=None
+        if dataset.probes is None
+        else _curvature(dataset, chosen, n_node, dtype, key),
     )
+
+
+def _curvature(
+    dataset: Dataset,
+    chosen: Sequence[int] | np.ndarray,
+    n_node: int,
+    dtype: str,
+    key: tuple[int, int],
+) -> Curvature:
+    """A displacement of every frame that has some, and the Hessian times it."""
+    assert dataset.probes is not None
+    probe, product, weight = np.zeros((n_node, 3)), np.zeros((n_node, 3)), np.zeros(n_node)
+    node = 0
+    for index in chosen:
+        sample = dataset.samples[index]
+        atoms = slice(node, node + len(sample.species))
+        if sample.hessian is not None:
+            drawn = sample.hessian.draw(dataset.probes, (*key, int(index)))
+            probe[atoms], product[atoms] = drawn
+            weight[atoms] = sample.hessian_weight
+        node = atoms.stop
+    weight = weight.astype(dtype)
+    return Curvature(probe.astype(dtype), product.astype(dtype), weight, weight.sum())

@@ -12,10 +12,12 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 
 from jaxft.data import formats
+from jaxft.data.curvatures import Curvatures, curvatures_of
 from jaxft.data.labels import (
     WEIGHTS,
     atom_weights_of,
     check_weight,
+    moments_of,
     numbers,
     stress_from_virials,
     tensor,
@@ -42,6 +44,12 @@ class Keys:
     """eV/Å³, ASE sign: 3x3, its 9 numbers, or Voigt xx, yy, zz, yz, xz, xy."""
     virials: str = "REF_virials"
     """eV, −V times the stress, laid out as it; read as a stress."""
+    hessian: str = "REF_hvp"
+    """eV/Å, in ``arrays``: the Hessian times each displacement under ``probe``, [n, 3 k]."""
+    probe: str = "probe"
+    """Å, in ``arrays``: k displacements of all atoms."""
+    moments: str = "REF_magmoms"
+    """µB of each atom, collinear or vectors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +69,10 @@ class Frame:
     """[n, 3] eV/Å."""
     stress: np.ndarray | None = None
     """[3, 3] eV/Å³, positive under tension."""
+    hessian: Curvatures | None = None
+    """Its Hessian times some displacements."""
+    moments: np.ndarray | None = None
+    """[n] or [n, 3] µB, magnetic moments: collinear, or vectors."""
     features: Mapping[str, object] = field(default_factory=dict)
     """Other numbers that came with the frame, by name: ``charge``, ``spin``, …"""
     atom_features: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -68,9 +80,11 @@ class Frame:
     weight: float = 1.0
     """Of all labels of the frame in the loss: 2 is the frame twice, 0 is no frame."""
     energy_weight: float = 1.0
-    """Of the energy, times ``weight``; likewise the next two."""
+    """Of the energy, times ``weight``; likewise the next three."""
     forces_weight: float = 1.0
     stress_weight: float = 1.0
+    hessian_weight: float = 1.0
+    moments_weight: float = 1.0
     atom_weights: np.ndarray | None = None
     """[n], of the forces on each atom, times ``weight`` and ``forces_weight``; None is 1."""
     config_type: str = "Default"
@@ -102,13 +116,14 @@ def read(paths: str | Path | Iterable[str | Path], *, keys: Keys | None = None) 
     """Read all frames of one or more files (extxyz, ASE db, trajectories, VASP output, …).
 
     Labels come from ``atoms.info`` and ``atoms.arrays`` under ``keys``. The reserved names
-    ``energy``, ``forces`` and ``stress`` are where ASE puts a calculator's results; ask for them by
-    name, as in ``Keys(energy="energy", forces="forces", stress="stress")``. Virials of a frame that
-    is periodic in three directions are read as its stress.
+    ``energy``, ``forces``, ``stress`` and ``magmoms`` are where ASE puts a calculator's results;
+    ask for them by name, as in ``Keys(energy="energy", forces="forces", stress="stress")``. Virials
+    of a frame that is periodic in three directions are read as its stress.
 
     Weights come under mace-torch's names, ``info["config_weight"]`` for the frame and
     ``config_energy_weight``, ``config_forces_weight``, ``config_stress_weight`` (or
-    ``config_virials_weight``), and for single atoms from ``arrays["atom_weights"]``.
+    ``config_virials_weight``), ours being ``config_moments_weight``; and for single atoms from
+    ``arrays["atom_weights"]``.
 
     Raises:
       ValueError: a file cannot be read or is empty; a label or weight has the wrong shape or is not
@@ -160,6 +175,7 @@ def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "fra
     forces = atoms.arrays.get(keys.forces, results.get(keys.forces))
     stress = atoms.info.get(keys.stress, results.get(keys.stress))
     virials = atoms.info.get(keys.virials, results.get(keys.virials))
+    moments = atoms.arrays.get(keys.moments, results.get(keys.moments))
     frame = unlabelled(atoms, source=source)
     if energy is not None:
         energy = float(numbers(energy, (), keys.energy, source))
@@ -167,6 +183,8 @@ def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "fra
         forces = numbers(forces, (len(atoms), 3), keys.forces, source)
     if stress is not None:
         stress = tensor(stress, keys.stress, source)
+    if moments is not None:
+        moments = moments_of(moments, len(atoms), keys.moments, source)
     if virials is not None and frame.is_periodic:
         virials = tensor(virials, keys.virials, source)
         names = (keys.stress, keys.virials)
@@ -176,6 +194,14 @@ def from_atoms(atoms: ase.Atoms, *, keys: Keys | None = None, source: str = "fra
         energy=energy,
         forces=forces,
         stress=stress,
+        hessian=curvatures_of(
+            atoms.arrays.get(keys.probe),
+            atoms.arrays.get(keys.hessian),
+            len(atoms),
+            (keys.probe, keys.hessian),
+            source,
+        ),
+        moments=moments,
         config_type=str(atoms.info.get("config_type", "Default")),
         atom_weights=atom_weights_of(atoms, source),
         **weights_of(atoms, source),
@@ -204,7 +230,9 @@ def unlabelled(atoms: ase.Atoms, *, source: str = "frame") -> Frame:
     return frame
 
 
-NOT_FEATURES = frozenset({"numbers", "positions", "forces", "momenta", "masses"})
+NOT_FEATURES = frozenset(
+    {"numbers", "positions", "forces", "momenta", "masses", Keys.probe, Keys.hessian}
+)
 CHARGE_AND_SPIN = frozenset({"charge", "spin", "total_charge", "total_spin"})
 
 
@@ -273,6 +301,7 @@ class Coverage:
     stress: int
     """Of frames that are periodic in three directions; the stress of others means nothing."""
     elements: dict[str, int] = field(default_factory=dict)
+    moments: int = 0
 
 
 def coverage(frames: Sequence[Frame]) -> Coverage:
@@ -288,6 +317,7 @@ def coverage(frames: Sequence[Frame]) -> Coverage:
         forces=sum(frame.forces is not None for frame in frames),
         stress=sum(has_label(frame, "stress") for frame in frames),
         elements=dict(sorted(elements.items(), key=lambda item: number_of[item[0]])),
+        moments=sum(has_label(frame, "moments") for frame in frames),
     )
 
 
@@ -318,8 +348,10 @@ def require_any_label(frames: Sequence[Frame], *, keys: Keys) -> None:
     """Raises ValueError if no frame has any label, or there is no frame."""
     if not frames:
         raise ValueError("no frames to judge by (isolated atoms do not count); give some.")
-    if all(f.energy is None and f.forces is None and f.stress is None for f in frames):
+    labels = ("energy", "forces", "stress", "moments")
+    if all(getattr(frame, label) is None for frame in frames for label in labels):
         raise ValueError(
             f"none of {len(frames)} frames ({frames[0].source} …) has a label under the keys "
-            f"{keys.energy!r}, {keys.forces!r}, {keys.stress!r};\nname the keys that the file uses."
+            f"{keys.energy!r}, {keys.forces!r}, {keys.stress!r}, {keys.moments!r};\n"
+            "name the keys that the file uses."
         )

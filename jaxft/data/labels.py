@@ -21,8 +21,10 @@ WEIGHTS = {
     "forces_weight": ("config_forces_weight",),
     # a virial label is kept as a stress
     "stress_weight": ("config_stress_weight", "config_virials_weight"),
+    "hessian_weight": ("config_hessian_weight",),
+    "moments_weight": ("config_moments_weight",),
 }
-"""Weights of a frame and their names in ``info``, those of mace-torch."""
+"""Weights of a frame and their names in ``info``, those of mace-torch, which knows no Hessians."""
 
 ATOM_WEIGHTS = ("atom_weights", "atom_weight")
 """Names of the weights of single atoms in ``arrays``."""
@@ -50,6 +52,17 @@ def tensor(value: object, key: str, source: str) -> np.ndarray:
     if shape == (9,):
         return numbers(value, (9,), key, source).reshape(3, 3)
     return numbers(value, (3, 3), key, source)
+
+
+def moments_of(value: object, n: int, key: str, source: str) -> np.ndarray:
+    """[n] or [n, 3] µB."""
+    shape = np.shape(np.asarray(value))
+    if shape not in ((n,), (n, 3)):
+        raise ValueError(
+            f"{source}: {key!r} has shape {shape}; expected ({n},) or ({n}, 3), a magnetic moment "
+            "in µB for each atom."
+        )
+    return numbers(value, shape, key, source)
 
 
 def stress_from_virials(

@@ -160,7 +160,8 @@ class Mixture:
         for batch in range(start, self.num_batches):
             chosen = self.indices(number, batch, seed=seed)
             sizes = data.nodes[chosen].sum(), data.rows[chosen].sum()
-            yield pack(data, chosen, smallest(self.ladders[self.kind(batch)], *sizes), dtype)
+            shape = smallest(self.ladders[self.kind(batch)], *sizes)
+            yield pack(data, chosen, shape, dtype, key=(seed or 0, number))
 
     def kind(self, batch: int) -> str:
         """What a batch is called: the target's, or that of its alternating source."""

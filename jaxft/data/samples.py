@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxft.data.curvatures import Curvatures
 from jaxft.data.frames import Frame
 from jaxft.data.neighbours import Edges
 from jaxft.data.packing import ROW_COST
@@ -36,6 +37,10 @@ class Sample(NamedTuple):
     head: int
     features: dict[str, np.ndarray]
     """[] or [in_dim] per graph, [n, …] per atom."""
+    hessian: Curvatures | None = None
+    hessian_weight: float = 0.0
+    moments: tuple[np.ndarray, ...] = ()
+    """Magnetic moments and their weights [n], for models with a head for them."""
 
 
 def best_width(degrees: Sequence[np.ndarray]) -> int:
@@ -57,6 +62,7 @@ def sample_of(
     features: dict[str, np.ndarray],
     r_max: float,
     width: int,
+    moments: tuple[np.ndarray, ...] = (),
 ) -> Sample:
     """Lay the edges of each atom out in rows of ``width`` slots; free slots hold padding."""
     degree = np.bincount(edges.receivers, minlength=len(frame))
@@ -81,6 +87,9 @@ def sample_of(
         *_labels(frame, e0),
         head,
         features,
+        frame.hessian,
+        frame.weight * frame.hessian_weight * (frame.hessian is not None),
+        moments,
     )
 
 

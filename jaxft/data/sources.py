@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from jaxft.data.batches import prepare
+from jaxft.data.curvatures import Probes
 from jaxft.data.frames import ISOLATED_ATOM, Frame
 from jaxft.data.mixture import TARGET, Mixture, Part, target_part
 from jaxft.source import Source
@@ -24,6 +25,7 @@ def mixture(
     sources: Sequence[Source] = (),
     row_width: int | None = None,
     cache: Path | None = None,
+    probes: Probes | None = None,
 ) -> Mixture:
     """Prepare target and sources as one dataset, and plan its batches.
 
@@ -37,6 +39,7 @@ def mixture(
         it needs is not looked at.
       row_width: as in :func:`jaxft.data.prepare`, like the next.
       cache: a folder where neighbour lists are kept between runs.
+      probes: as in :func:`jaxft.data.prepare`.
 
     Raises:
       ValueError: as :func:`jaxft.data.prepare`; two sources share a name or are called "target";
@@ -54,7 +57,7 @@ def mixture(
         gathered += added
         heads += [source.head or head] * len(added)
         parts.append(_part(source, range(start, len(gathered)), model, head, size))
-    dataset = prepare(gathered, model, head=heads, row_width=row_width, cache=cache)
+    dataset = prepare(gathered, model, head=heads, row_width=row_width, cache=cache, probes=probes)
     return Mixture(dataset, size, tuple(parts))
 
 
@@ -65,7 +68,7 @@ def _exact(fraction: float) -> Fraction:
 
 def _frame(frame: Frame, source: Source) -> Frame:
     if source.labels == "none":
-        frame = replace(frame, energy=None, forces=None, stress=None)
+        frame = replace(frame, energy=None, forces=None, stress=None, hessian=None, moments=None)
     return replace(frame, weight=frame.weight * source.weight)
 
 

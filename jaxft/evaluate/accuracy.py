@@ -31,6 +31,14 @@ UNITS = {
     "stress_rmse_gpa": "GPa",
 }
 
+MOMENT_UNITS = {
+    "moments_mae": "mµB",
+    "moments_rmse": "mµB",
+    "moments_mean_mae": "mµB",
+}
+"""Columns that are there if a model and the frames have moments; the last is of predicting each
+element's mean."""
+
 LABELS = ("energy", "forces", "stress")
 
 Pair = tuple[Frame, FrameResult]
@@ -57,7 +65,7 @@ def check(candidates: Sequence[Candidate], frames: Sequence[Frame]) -> Finding:
     return Finding(
         "errors",
         tuple(rows),
-        UNITS,
+        UNITS | (MOMENT_UNITS if any("moments_mae" in row.values for row in rows) else {}),
         {"frames": len(frames), "energy_shift": "none"},
         _pictures(frames, judged),
         ("Energies are compared as they are: no shift per composition is fitted.",),
@@ -143,12 +151,13 @@ def _rows(name: str, frames: Sequence[Frame], outcomes: Sequence[Outcome]) -> li
 
 
 def values_of(group: GroupErrors) -> dict[str, Value]:
-    """In the columns and units of ``UNITS``; None where nothing is labelled."""
+    """In the columns and units of ``UNITS``, None where nothing is labelled; those of
+    ``MOMENT_UNITS`` where moments are."""
 
     def times(value: float | None, factor: float = MILLI) -> float | None:
         return None if value is None else factor * value
 
-    return {
+    found: dict[str, Value] = {
         "frames": group.frames,
         "atoms": group.atoms,
         "energy_mae": times(group.energy.mae),
@@ -161,22 +170,34 @@ def values_of(group: GroupErrors) -> dict[str, Value]:
         "stress_rmse": times(group.stress.rmse),
         "stress_rmse_gpa": times(group.stress.rmse, 1 / GPa),
     }
+    if group.moments.frames:
+        found["moments_mae"] = times(group.moments.mae)
+        found["moments_rmse"] = times(group.moments.rmse)
+        found["moments_mean_mae"] = times(group.mean_moments.mae)
+    return found
 
 
 def _only(z: int, frame: Frame, result: FrameResult) -> Pair:
-    """The atoms of one element, of which only forces are labels."""
+    """The atoms of one element, of which only forces and moments are labels."""
     chosen = frame.atomic_numbers == z
+
+    def own(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else array[chosen]
+
     part = replace(
         frame,
         atomic_numbers=frame.atomic_numbers[chosen],
         positions=frame.positions[chosen],
         energy=None,
-        forces=None if frame.forces is None else frame.forces[chosen],
+        forces=own(frame.forces),
         stress=None,
+        moments=own(frame.moments),
         atom_features={},
         atom_weights=None,
     )
-    return part, FrameResult(0.0, np.zeros(chosen.sum()), result.forces[chosen], None)
+    zeros = np.zeros(chosen.sum())
+    moments, means = own(result.moments), own(result.mean_moments)
+    return part, FrameResult(0.0, zeros, result.forces[chosen], None, moments, means)
 
 
 QUANTITIES: dict[str, tuple[str, Callable[[Any, int], np.ndarray]]] = {

@@ -16,9 +16,10 @@ PANELS = {
     "energy": ("energy RMSE, meV/atom", 1e3),
     "forces": ("force RMSE, meV/Å", 1e3),
     "stress": ("stress RMSE, meV/Å³", 1e3),
+    "moments": ("moment RMSE, mµB", 1e3),
     "learning_rate": ("learning rate", 1.0),
 }
-"""Metrics with a panel: its title and the factor from eV."""
+"""Metrics with a panel: its title and the factor from eV, or µB."""
 
 COLOURS = {"train": "#d1873b", "valid": "#2a6fb0"}
 OTHERS = ("#4b8f5a", "#8a5aa5", "#b5485d", "#3b9c9c", "#8c7a3c", "#77838f")

@@ -151,7 +151,7 @@ def predict_ensemble(
         every = jax.device_get(_predict(_Same(models[0]), whole.size, shared, own, graph))
         for i, model in enumerate(models):
             one: Any = jax.tree.map(lambda leaf, i=i: leaf[i], every)
-            results = frame_results(model.e0s, dataset, chosen, one)
+            results = frame_results(model.e0s, dataset, chosen, one, model.mean_moments)
             found[i].update(zip(chosen, results, strict=True))
         if progress is not None:
             progress(len(found[0]), len(frames))

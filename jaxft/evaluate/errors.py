@@ -8,7 +8,8 @@ For frames b with :math:`N_b` atoms, with ``p`` the model and ``d`` the label,
 
 with means over frames, over all 3N components of all atoms, and over all nine components; MAE
 likewise. Energies are compared as they are: no shift per composition is fitted. A missing label
-is in no mean and no count, and a mean over nothing is None, never 0.
+is in no mean and no count, and a mean over nothing is None, never 0. Of magnetic moments the
+magnitudes are compared, over all atoms, and beside them those of predicting each element's mean.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from jaxft.data import Frame
+from jaxft.data import Frame, magnitudes
 from jaxft.evaluate.predictions import FrameResult
 
 SMALL_FORCE = 0.01
@@ -43,6 +44,9 @@ UNITS = {
 }
 """Of :meth:`ErrorTable.to_dict` and of the table."""
 
+MOMENT_UNITS = {"moments": "mµB", "moments_of_means": "mµB"}
+"""The same, of frames with such labels and models with such a head."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -54,6 +58,9 @@ class Spread:
     """Numbers that the means run over."""
     mae: float | None
     rmse: float | None
+
+
+NOTHING = Spread(0, 0, None, None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class GroupErrors:
     predicted force is exactly zero counts as 0."""
     force_p95: float | None
     """eV/Å, 95th percentile of |ΔF_i| over atoms."""
+    moments: Spread = NOTHING
+    """µB, of magnitudes."""
+    mean_moments: Spread = NOTHING
+    """µB, likewise of predicting each element's mean, see :attr:`Potential.mean_moments`."""
 
     def rmse(self) -> dict[str, float | None]:
         """``energy`` in meV/atom, ``forces`` in meV/Å, ``stress`` in meV/Å³."""
@@ -105,7 +116,7 @@ class ErrorTable:
     def to_dict(self) -> dict[str, Any]:
         """Numbers in the units of ``UNITS``, ready for JSON; None where nothing is labelled."""
         return {
-            "units": dict(UNITS),
+            "units": UNITS | (MOMENT_UNITS if self.total.moments.frames else {}),
             "total": _group_dict(self.total),
             "groups": {group.name: _group_dict(group) for group in self.groups},
             "elements": {
@@ -120,6 +131,8 @@ class ErrorTable:
         tables = [_energy_and_forces(rows)]
         if self.total.stress.frames:
             tables.append(_stress(rows))
+        if self.total.moments.frames:
+            tables.append(_moments(rows))
         if self.elements:
             tables.append(_elements(self.elements))
         return Group(*tables)
@@ -173,6 +186,12 @@ def _group(name: str, pairs: Pairs) -> GroupErrors:
     ]
     predicted, reference = (_stack([pair[k] for pair in forces]) for k in (0, 1))
     size = np.linalg.norm(predicted - reference, axis=-1)
+    moments = [
+        (magnitudes(r.moments), r.mean_moments, magnitudes(f.moments))
+        for f, r in pairs
+        if f.moments is not None and r.moments is not None
+    ]
+    own, mean, label = (np.concatenate([np.zeros(0), *(m[k] for m in moments)]) for k in range(3))
     return GroupErrors(
         name=name,
         frames=len(pairs),
@@ -182,6 +201,8 @@ def _group(name: str, pairs: Pairs) -> GroupErrors:
         stress=_spread(stress, len(stress)),
         force_cosine=_cosine(predicted, reference),
         force_p95=float(np.percentile(size, 95)) if size.size else None,
+        moments=_spread(own - label, len(moments)),
+        mean_moments=_spread(mean - label, len(moments)),
     )
 
 
@@ -233,7 +254,12 @@ def _group_dict(group: GroupErrors) -> dict[str, Any]:
         scaled = {key: _times(getattr(values, key), factor) for key in ("mae", "rmse")}
         return asdict(values) | scaled
 
+    moments = {
+        "moments": spread(group.moments),
+        "moments_of_means": spread(group.mean_moments),
+    }
     return {
+        **(moments if group.moments.frames else {}),
         "frames": group.frames,
         "atoms": group.atoms,
         "energy": spread(group.energy),
@@ -272,6 +298,19 @@ def _stress(groups: Sequence[GroupErrors]) -> Table:
         ("σ RMSE\nGPa", lambda g: _number(g.stress.rmse, 1 / GPa)),
     ]
     return _table("stress σ", groups, columns)
+
+
+def _moments(groups: Sequence[GroupErrors]) -> Table:
+    columns: list[Column] = [
+        ("frames", lambda g: str(g.frames)),
+        ("labels\n|µ|", lambda g: str(g.moments.frames)),
+        ("|µ|\nMAE", lambda g: _number(g.moments.mae, MILLI)),
+        ("|µ|\nRMSE", lambda g: _number(g.moments.rmse, MILLI)),
+        ("means\nMAE", lambda g: _number(g.mean_moments.mae, MILLI)),
+        ("means\nRMSE", lambda g: _number(g.mean_moments.rmse, MILLI)),
+    ]
+    title = "magnetic moments |µ|, mµB; means: each element's, in the labels of the head"
+    return _table(title, groups, columns)
 
 
 def _table(title: str, groups: Sequence[GroupErrors], columns: Sequence[Column]) -> Table:

@@ -1,9 +1,7 @@
 """Second derivatives of a potential, exact: forward-mode over reverse-mode differentiation.
 
-Only edge vectors are differentiated, as everywhere: a displacement u of the atoms moves an edge by
-``u[receiver] - u[sender]``, its derivative moves ``g = dE/dvector``, and the forces are sums of g.
-So a product of the Hessian with a displacement costs about two to three gradients, there is no
-step to choose, and periodic images need no supercell of their own.
+A product of the Hessian with a displacement, :func:`jaxft.potential.hvp`, costs about two to three
+gradients; there is no step to choose, and periodic images need no supercell of their own.
 """
 
 from __future__ import annotations
@@ -18,16 +16,8 @@ import numpy as np
 
 from jaxft.data import Shape, pack, prepare, unlabelled
 from jaxft.evaluate.predictions import cast, working_dtype
-from jaxft.graph import (
-    Graph,
-    edges_per_block,
-    fullest,
-    in_blocks,
-    num_blocks,
-    sum_rows,
-    sum_senders,
-)
-from jaxft.potential import Potential
+from jaxft.graph import Graph, edges_per_block, fullest, in_blocks, num_blocks
+from jaxft.potential import Potential, hvp
 from jaxft.typing import Array, Params
 
 DTYPE = "float64"
@@ -37,19 +27,7 @@ DTYPE = "float64"
 @functools.partial(jax.jit, static_argnums=0)
 def _products(model: Potential, params: Params, graph: Graph, displacements: Array) -> Array:
     """[C, N, 3] Å -> [C, N, 3] eV/Å: Hessian times displacements."""
-
-    def gradient(vectors: Array) -> Array:
-        def energy(v: Array) -> Array:
-            return model.node_energies(params, graph._replace(vectors=v)).sum()
-
-        return jax.grad(energy)(vectors)
-
-    def product(displacement: Array) -> Array:
-        edges = displacement[graph.receivers][:, None] - displacement[graph.senders]
-        _, change = jax.jvp(gradient, (graph.vectors,), (edges,))
-        return sum_rows(change.sum(axis=1), graph) - sum_senders(change, graph)
-
-    return jax.vmap(product)(displacements)
+    return jax.vmap(lambda u: hvp(model, params, graph, u))(displacements)
 
 
 def hessian_products(

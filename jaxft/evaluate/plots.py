@@ -11,7 +11,7 @@ import numpy as np
 from ase.units import GPa
 
 from jaxft.bundle import refuse_existing
-from jaxft.data import Frame
+from jaxft.data import Frame, magnitudes
 from jaxft.evaluate.predictions import FrameResult
 from jaxft.evaluate.svg import inline, new_figure
 
@@ -25,6 +25,7 @@ TITLES = {
     "energy": "energy per atom",
     "forces": "force components",
     "stress": "stress components",
+    "moments": "magnetic moments",
 }
 
 
@@ -95,6 +96,8 @@ def _panels(frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]
     energy = [i for i, frame in enumerate(frames) if frame.energy is not None]
     forces = [i for i, frame in enumerate(frames) if frame.forces is not None]
     stress = [i for i, f in enumerate(frames) if f.stress is not None and f.is_periodic]
+    has_head = all(r.moments is not None for items in results.values() for r in items)
+    moments = [i for i, f in enumerate(frames) if f.moments is not None and has_head]
 
     def panel(name: str, unit: str, errors: tuple[str, float], chosen: list[int]) -> _Panel:
         def joined(items: Sequence[Frame] | Sequence[FrameResult]) -> np.ndarray:
@@ -111,6 +114,8 @@ def _panels(frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]
         found.append(panel("forces", "eV/Å", ("meV/Å", 1e3), forces))
     if stress:
         found.append(panel("stress", "GPa", ("GPa", 1.0), stress))
+    if moments:
+        found.append(panel("moments", "µB", ("mµB", 1e3), moments))
     if not found:
         raise ValueError("none of the frames has a label to compare with; check the label keys.")
     return found
@@ -118,6 +123,8 @@ def _panels(frames: Sequence[Frame], results: Mapping[str, Sequence[FrameResult]
 
 def _values(item: Frame | FrameResult, name: str, count: int) -> np.ndarray:
     """Flat, in the panel's unit."""
+    if name == "moments":
+        return magnitudes(np.asarray(item.moments))
     factor = {"energy": 1 / count, "forces": 1.0, "stress": 1 / GPa}[name]
     return np.ravel(getattr(item, name)) * factor
 

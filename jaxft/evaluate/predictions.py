@@ -6,9 +6,11 @@ Isolated-atom energies are added here, on the host and in float64.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ase
 import ase.io
@@ -20,6 +22,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from jaxft.bundle import refuse_existing, require_dtype
 from jaxft.data import Dataset, Frame, Shape, pack, prepare, read_atoms, unlabelled
+from jaxft.effort import effort
 from jaxft.evaluate.batches import plan_batches
 from jaxft.graph import Graph, edges_per_block, in_blocks
 from jaxft.potential import E0_BUFFER, Potential, Prediction, predict
@@ -38,6 +41,10 @@ class FrameResult:
     """[n, 3] eV/Å."""
     stress: np.ndarray | None
     """[3, 3] eV/Å³, ASE sign; None unless the frame is periodic in three directions."""
+    moments: np.ndarray | None = None
+    """[n] or [n, 3] µB; None of models without a moment head."""
+    mean_moments: np.ndarray | None = None
+    """[n] µB, what each element's mean would say, see :attr:`Potential.mean_moments`."""
 
 
 GROWTH = 1.5
@@ -82,16 +89,24 @@ class _Alike:
         return isinstance(other, _Alike) and self._key == other._key
 
 
-# One jit for everything that predicts: predictions before and after training, of several files or
-# by several calculators, share the compiled programs of a potential.
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(alike: _Alike, params: Params, graph: Graph) -> Prediction:
+def _prediction(alike: _Alike, params: Params, graph: Graph) -> Prediction:
     return predict(alike.model, params, graph)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _node_energies(alike: _Alike, params: Params, graph: Graph) -> Array:
     return alike.model.node_energies(params, graph)
+
+
+# One jit for everything that predicts: predictions before and after training, of several files or
+# by several calculators, share the compiled programs of a potential.
+_predict = jax.jit(_prediction, static_argnums=0)
+_predict_energies = jax.jit(_node_energies, static_argnums=0)
+
+
+@functools.cache
+def _quickly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for calls that see few edges in all."""
+    return jax.jit(function, static_argnums=0, compiler_options=dict(effort(0).options))
 
 
 def predict_batch(
@@ -103,6 +118,7 @@ def predict_batch(
     *,
     num_elements: int | None = None,
     blocks: int = 1,
+    edges: float = math.inf,
 ) -> list[FrameResult]:
     """Results of the frames at the positions ``chosen`` of ``dataset``, as one batch.
 
@@ -116,11 +132,13 @@ def predict_batch(
       shape: that the frames fit into.
       num_elements: pad the batch's elements to so many; by default they are not padded.
       blocks: evaluate it in so many parts, see :func:`jaxft.graph.in_blocks`.
+      edges: in all calls with this program, for :func:`jaxft.effort.effort`; unknown by default.
     """
     dtype = jax.tree.leaves(params)[0].dtype.name
     graph = packed_graph(dataset, chosen, shape, dtype, num_elements=num_elements, blocks=blocks)
-    prediction = jax.device_get(_predict(_Alike(model), params, graph))
-    return frame_results(model.e0s, dataset, chosen, prediction)
+    program = _quickly(_prediction) if effort(edges, model.channels).options else _predict
+    prediction = jax.device_get(program(_Alike(model), params, graph))
+    return frame_results(model.e0s, dataset, chosen, prediction, model.mean_moments)
 
 
 def packed_graph(
@@ -142,10 +160,14 @@ def packed_graph(
 
 
 def frame_results(
-    e0s: np.ndarray, dataset: Dataset, chosen: Sequence[int], prediction: Prediction
+    e0s: np.ndarray,
+    dataset: Dataset,
+    chosen: Sequence[int],
+    prediction: Prediction,
+    means: np.ndarray | None = None,
 ) -> list[FrameResult]:
     """Results of the frames of a batch from its prediction (numpy) and isolated-atom energies
-    [heads, elements], which are added here."""
+    [heads, elements], which are added here; ``means`` [elements] are of moments."""
     results = []
     places = _places(e0s, dataset, chosen)
     for g, (index, (atoms, own)) in enumerate(zip(chosen, places, strict=True)):
@@ -153,7 +175,12 @@ def frame_results(
         energies = np.asarray(prediction.node_energy[atoms], np.float64) + own
         stress = np.array(prediction.stress[g], np.float64) if frame.is_periodic else None
         forces = np.array(prediction.forces[atoms], np.float64)
-        results.append(FrameResult(float(energies.sum()), energies, forces, stress))
+        moments, mean = None, None
+        if prediction.moments is not None and means is not None:
+            moments = np.array(prediction.moments[atoms], np.float64)
+            mean = means[dataset.elements[dataset.samples[index].species]]
+        energy = float(energies.sum())
+        results.append(FrameResult(energy, energies, forces, stress, moments, mean))
     return results
 
 
@@ -186,9 +213,11 @@ def predict_energies(
         return found
     dataset = prepare(frames, model, head=head)
     shape, batches, blocks = plan_batches(dataset, batch_size, edges_per_block(None))
+    few = effort(dataset.edges.sum(), model.channels).options
+    program = _quickly(_node_energies) if few else _predict_energies
     for chosen in batches:
         graph = packed_graph(dataset, chosen, shape, dtype, blocks=blocks)
-        energies = np.asarray(_node_energies(_Alike(model), params, graph), np.float64)
+        energies = np.asarray(program(_Alike(model), params, graph), np.float64)
         places = _places(model.e0s, dataset, chosen)
         for index, (atoms, own) in zip(chosen, places, strict=True):
             found[index] = (energies[atoms] + own).sum()
@@ -241,8 +270,10 @@ def predict_frames(
     shape, batches, blocks = plan_batches(dataset, batch_size, limit)
     if room is not None and blocks == 1:
         shape = room.hold(dataset, shape)
+    # with room there are further calls, nobody knows how many
+    edges = dataset.edges.sum() if room is None else math.inf
     for chosen in batches:
-        found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks)
+        found = predict_batch(model, params, dataset, chosen, shape, blocks=blocks, edges=edges)
         results.update(zip(chosen, found, strict=True))
         if progress is not None:
             progress(len(results), len(frames))
@@ -324,7 +355,8 @@ def predict_file(
 
 
 def _is_finite(result: FrameResult) -> bool:
-    return bool(np.isfinite(result.energy) and np.isfinite(result.forces).all())
+    moments = 0.0 if result.moments is None else result.moments
+    return all(np.isfinite(x).all() for x in (result.energy, result.forces, moments))
 
 
 def working_dtype(params: Params, dtype: str | None = None) -> str:
@@ -369,7 +401,8 @@ def with_results(atoms: ase.Atoms, result: FrameResult) -> ase.Atoms:
 
 
 def ase_results(result: FrameResult) -> dict[str, float | np.ndarray]:
-    """In ASE's words: stress in Voigt order xx, yy, zz, yz, xz, xy, absent where it is None."""
+    """In ASE's words: stress in Voigt order xx, yy, zz, yz, xz, xy, absent where it is None;
+    ``magmoms`` in µB and their sum ``magmom``, of models with a moment head."""
     found: dict[str, float | np.ndarray] = {
         "energy": result.energy,
         "free_energy": result.energy,
@@ -378,4 +411,8 @@ def ase_results(result: FrameResult) -> dict[str, float | np.ndarray]:
     }
     if result.stress is not None:
         found["stress"] = full_3x3_to_voigt_6_stress(result.stress)
+    if result.moments is not None:
+        total = result.moments.sum(axis=0)
+        found["magmoms"] = result.moments
+        found["magmom"] = total if result.moments.ndim > 1 else float(total)
     return found

@@ -58,6 +58,8 @@ def pseudolabel(
             energy=result.energy,
             forces=result.forces,
             stress=result.stress if is_wanted else None,
+            hessian=None,
+            moments=None,
         )
         numbers = [
             np.ravel(label)

@@ -6,9 +6,18 @@ sub-modules of the file that the model came from.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from jaxft.models.e3nn import e3nn
 
@@ -151,6 +160,19 @@ class EmbeddingConfig(_Frozen):
         return self
 
 
+class MomentsConfig(_Frozen):
+    """A head for magnetic moments; see :mod:`jaxft.models.moments`."""
+
+    kind: Literal["collinear", "signed", "vector"] = "collinear"
+    """Magnitudes, which are not negative; numbers of either sign; or axial vectors."""
+    energy: bool = False
+    """Moments add to the energy."""
+    hidden: Count = 16
+    """Scalars of the hidden layer."""
+    channels: Count = 8
+    """Products of vectors, and terms of the exchange."""
+
+
 class MACEConfig(_Frozen):
     """A ``ScaleShiftMACE``, or a plain ``MACE``, which has neither scale nor shift."""
 
@@ -182,6 +204,8 @@ class MACEConfig(_Frozen):
     embedding_readout: bool = False
     gate: Literal["silu", "tanh", "abs", "None"] = "silu"
     """Of the non-linear readout."""
+    moments: MomentsConfig | None = None
+    """Ours; mace-torch has no counterpart."""
     silu_constant: float
     """``cst`` of the radial networks' silu: the file's own, not recomputed (0.16 % apart)."""
     gate_constant: float = Field(
@@ -207,7 +231,22 @@ class MACEConfig(_Frozen):
         for product in self.products:
             if len(product.paths) != len(e3nn.Irreps(product.irreps_out)) or not product.paths[0]:
                 raise ValueError("a product needs one list of path counts per output irrep")
+        if self.moments is not None and self.moments.kind == "vector" and not self.has_vectors:
+            raise ValueError("vector moments need a layer with at least two hidden vectors (1o)")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        if self.moments is None:  # models without the head are written, and hashed, as ever
+            found.pop("moments", None)
+        return found
+
+    @property
+    def has_vectors(self) -> bool:
+        """A layer has two hidden vectors, whose cross product is an axial one."""
+        hidden = (e3nn.Irreps(product.irreps_out) for product in self.products)
+        return any(irreps.count("1o") > 1 for irreps in hidden)
 
     @property
     def num_elements(self) -> int:

@@ -12,8 +12,7 @@ Reference: Batatia et al., NeurIPS 2022 (arXiv:2206.07697); block semantics afte
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -40,6 +39,8 @@ from jaxft.models.irreps import (
     multiplicities,
     tensor_product_paths,
 )
+from jaxft.models.linear import ElementLinear, ElementTable, Linear
+from jaxft.models.moments import Moments, Seen
 from jaxft.models.parameter import parameter
 from jaxft.models.radial import Affine, EdgeMLP, RadialMLP
 from jaxft.typing import Array
@@ -93,60 +94,6 @@ class Atoms(NamedTuple):
     """[n, H] one-hot."""
     everyone: tuple[Array, Array]
     """Species [N] and elements [N, S] of all atoms."""
-
-
-class Linear(nn.Module):
-    """Mixes channels of equal irrep: e3nn's ``o3.Linear`` with 1/sqrt(fan-in) normalisation."""
-
-    irreps_out: str
-    has_bias: bool = False
-    """On scalars."""
-
-    @nn.compact
-    def __call__(self, x: Features) -> Features:
-        out = {}
-        for name, mul in multiplicities(self.irreps_out).items():
-            if name in x:
-                fan_in = x[name].shape[-1]
-                weight = parameter(self, name, nn.initializers.normal(1.0), (fan_in, mul))
-                out[name] = times(x[name], weight / math.sqrt(fan_in))
-        if self.has_bias:
-            out["0e"] += parameter(self, "bias", nn.initializers.zeros, out["0e"].shape[-1:])
-        return out
-
-
-class ElementLinear(nn.Module):
-    """A linear map per element: e3nn's ``FullyConnectedTensorProduct`` with one-hot elements."""
-
-    irreps_out: str
-    num_elements: int
-
-    @nn.compact
-    def __call__(self, x: Features, elements: Array, one_hot: Array) -> Features:
-        """{irrep: [N, 2l + 1, C]}, [S] rows of the element table, [N, S] -> [N, 2l + 1, C']."""
-        out = {}
-        for name, mul in multiplicities(self.irreps_out).items():
-            if name in x:
-                fan_in = x[name].shape[-1]
-                shape = (self.num_elements, fan_in, mul)
-                weight = parameter(self, name, nn.initializers.normal(1.0), shape)
-                weight = take(weight, elements) / math.sqrt(fan_in * self.num_elements)
-                maps = jnp.einsum("nmi,sio->snmo", x[name], weight)
-                out[name] = jnp.einsum("ns,snmo->nmo", one_hot, maps)
-        return out
-
-
-class ElementTable(nn.Module):
-    """Scalars of each element: e3nn's ``o3.Linear`` on one-hot elements."""
-
-    mul: int
-    num_elements: int
-
-    @nn.compact
-    def __call__(self, elements: Array) -> Array:
-        """[S] rows of the element table -> [S, mul]."""
-        table = parameter(self, "0e", nn.initializers.normal(1.0), (self.num_elements, self.mul))
-        return take(table, elements) / math.sqrt(self.num_elements)
 
 
 class Interaction(nn.Module):
@@ -396,6 +343,10 @@ class Embedder(nn.Module):
         return x
 
 
+BlockFn = Callable[["MACE", Any, Edges, Atoms], Any]
+"""``(model, what some atoms have, their edges, who they are) -> trees of [n, ...]``."""
+
+
 class MACE(nn.Module):
     """Interaction energy per atom."""
 
@@ -421,6 +372,8 @@ class MACE(nn.Module):
             Product(product, config.num_elements, self.backend) for product in config.products
         ]
         self.readouts = [Readout(readout, config) for readout in config.readouts]
+        if config.moments is not None:
+            self.moments = Moments(config.moments, config, self.backend.precision)
 
     def __call__(self, graph: Graph, constants: Constants) -> Array:
         """-> [N] eV: everything but the isolated-atom energies; padding atoms hold the shift."""
@@ -439,6 +392,7 @@ class MACE(nn.Module):
         atoms = Atoms(graph, one_hot, heads, (graph.species, one_hot))
         count = graph.blocks.count
         edges = _edges(config, atoms, constants) if count == 1 else None
+        seen = Seen()
         for i in range(len(config.interactions)):
             sent = self.interactions[i].send(x)
             if edges is not None:
@@ -447,7 +401,30 @@ class MACE(nn.Module):
                 x, energy = self._layer_in_blocks(i, (x, sent, energy), atoms, constants)
             # kept only where asked for, by Potential.invariants
             self.sow("intermediates", "invariants", x["0e"][:, 0])
-        return outside + constants.scale[head] * energy + constants.shift[head]
+            seen = seen.after(x)
+        energy = outside + constants.scale[head] * energy + constants.shift[head]
+        if config.moments is not None:
+            energy = energy + self._of_moments(seen, edges, atoms, constants)
+        return energy
+
+    def _of_moments(
+        self, seen: Seen, edges: Edges | None, atoms: Atoms, constants: Constants
+    ) -> Array:
+        """[N] eV that the moments add; the moments are kept for who asks for them."""
+        hidden, moments = self.moments(seen, atoms.graph, atoms.one_hot)
+        self.sow("intermediates", "magnetic_moments", moments)
+        if not self.moments.config.energy:
+            return jnp.zeros_like(hidden[:, 0])
+        sent = self.moments.send(hidden, moments, atoms.graph, atoms.one_hot)
+        onsite = self.moments.onsite(moments, atoms.graph, atoms.one_hot)
+
+        def exchange(model: MACE, own: Array, near: Edges, some: Atoms) -> Array:
+            return model.moments.exchange(own, sent, near.basis, near.factor, some.graph)
+
+        if edges is not None:
+            return onsite + exchange(self, sent, edges, atoms)
+        found: Array = self._in_blocks(exchange, sent, atoms, constants)
+        return onsite + found
 
     def _layer(
         self,
@@ -489,7 +466,16 @@ class MACE(nn.Module):
         atoms: Atoms,
         constants: Constants,
     ) -> tuple[Features, Array]:
-        """As :meth:`_layer`, one block after the other.
+        """As :meth:`_layer`, one block after the other."""
+
+        def layer(model: MACE, mine: Any, edges: Edges, some: Atoms) -> tuple[Features, Array]:
+            return model._layer(i, mine, own[1], edges, some, constants)
+
+        found: tuple[Features, Array] = self._in_blocks(layer, own, atoms, constants)
+        return found
+
+    def _in_blocks(self, function: BlockFn, own: Any, atoms: Atoms, constants: Constants) -> Any:
+        """``function`` of the atoms of one block after the other: trees of [N, ...] arrays.
 
         Derivatives evaluate every block again, so that no array of edges and channels outlives it.
         """
@@ -509,17 +495,16 @@ class MACE(nn.Module):
             jax.tree.map(divided, own),
         )
 
-        def layer(model: MACE, carry: None, part: Any) -> tuple[None, tuple[Features, Array]]:
+        def one(model: MACE, carry: None, part: Any) -> tuple[None, Any]:
             vectors, senders, receivers, species, one_hot, heads, mine = part
             block = graph._replace(
                 vectors=vectors, senders=senders, receivers=receivers, species=species
             )
             some = atoms._replace(graph=block, one_hot=one_hot, heads=heads)
-            edges = _edges(model.config, some, constants)
-            return None, model._layer(i, mine, own[1], edges, some, constants)
+            return None, function(model, mine, _edges(model.config, some, constants), some)
 
         scan = nn.scan(
-            nn.remat(layer, prevent_cse=False),  # a scan is barrier enough
+            nn.remat(one, prevent_cse=False),  # a scan is barrier enough
             variable_broadcast="params",
             split_rngs={"params": False},
         )

@@ -17,6 +17,7 @@ QUANTITIES = {
     "energy": "energy, meV/atom",
     "forces": "forces, meV/Å",
     "stress": "stress, meV/Å³",
+    "moments": "magnetic moments, mµB",
 }
 MILLI = 1e3
 MISSING = "–"

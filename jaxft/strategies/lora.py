@@ -251,9 +251,9 @@ def layer_kind(path: str, leaf: Array) -> str | None:
     """``"equivariant"`` (an ``o3.Linear`` in torch), ``"dense"``, or None for what is neither.
 
     Biases and layer norms, which share these names, are vectors; the tensor product of a
-    ``skip_tp`` has a matrix per element, where a linear has one.
+    ``skip_tp`` has a matrix per element, where a linear has one. A moment head is not torch's.
     """
-    if leaf.ndim != 2:
+    if leaf.ndim != 2 or path.startswith("moments/"):
         return None
     if _DENSE.fullmatch(path):
         return "dense"

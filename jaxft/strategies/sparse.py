@@ -20,10 +20,10 @@ def o3_linears(path: str, leaf: Any) -> bool:
     """The matrices of torch's ``o3.Linear``, irrep by irrep; biases are none.
 
     Embeddings, ``linear*`` of interactions, products and readouts; the skip connection where it
-    is not per element.
+    is not per element. A moment head has no pretrained numbers: it is for ``also_train``.
     """
     *_, module, name = ("", *path.split("/"))
-    if not re.fullmatch(r"\d+[eo]", name):
+    if not re.fullmatch(r"\d+[eo]", name) or path.startswith("moments/"):
         return False
     is_skip = module == "skip_tp" and leaf.ndim == 2
     return is_skip or module.startswith("linear") or module.endswith("_embedding")

@@ -13,7 +13,7 @@ from jaxft import config as configs
 from jaxft import run
 from jaxft.config import Config
 from jaxft.fit import NonFiniteError, Preempted
-from jaxft.study import results
+from jaxft.study import phonons, results
 from jaxft.study.lock import Held, hold
 from jaxft.study.made import ensure
 from jaxft.study.plan import Cell
@@ -84,6 +84,7 @@ def begin_anew(cell: Cell) -> None:
 def _attempt(cell: Cell, console: Console, until: int | None) -> Result | None:
     is_pause = until is not None and until < cell.config.epochs
     try:
+        phonons.check(cell)
         ensure(cell.needs, console)
         found = run.finetune(cell.config, console=console, restart="auto", until=until)
     except Preempted:

@@ -29,6 +29,21 @@ Axis = list[Any] | dict[Name, Words]
 """Values of the key that it is called after, or several keys at once: ``{label: [key=value]}``."""
 
 
+class PhononsConfig(Strict):
+    """A crystal whose phonons are compared with a reference, before and after."""
+
+    crystal: Path
+    """As of ``jaxft evaluate phonons``: a folder of phonopy with its reference, or a structure."""
+    supercell: tuple[int, int, int] | None = None
+    """Repetitions, where no file says them."""
+    reference: Path | None = None
+    """A bundle whose phonons are the reference, in place of the crystal's own."""
+    head: str | None = None
+    """Of ``reference``."""
+    mesh: float = Field(40.0, gt=0)
+    """Of q points, phonopy's measure, Å."""
+
+
 class DatasetConfig(Strict):
     """Frames of one target."""
 
@@ -36,6 +51,7 @@ class DatasetConfig(Strict):
     valid: float | Files = 0.1
     test: dict[Name, Files] = Field(default_factory=dict)
     """Judged before and after, at the level of theory of ``train``."""
+    phonons: dict[Name, PhononsConfig] = Field(default_factory=dict)
     set: Words = Field(default_factory=list)
 
 

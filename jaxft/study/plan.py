@@ -17,9 +17,18 @@ from jaxft import config as configs
 from jaxft.config import Config, ConfigError
 from jaxft.data.shares import Slots
 from jaxft.recipe import Ewc
-from jaxft.study.config import Axis, Common, DatasetConfig, RecipeConfig, StudyConfig, Words
+from jaxft.study.config import (
+    Axis,
+    Common,
+    DatasetConfig,
+    PhononsConfig,
+    RecipeConfig,
+    StudyConfig,
+    Words,
+)
 from jaxft.study.identity import identity
 from jaxft.study.made import Made, contents, fisher_file, scratch_bundle
+from jaxft.study.phonons import with_phonons
 
 CELLS, RUN = "cells", "run"
 ENDLESS = 1_000_000
@@ -56,6 +65,8 @@ class Cell:
     """Of the test sets those of the base model's level of theory."""
     needs: tuple[Made, ...] = ()
     """Files that are made before it."""
+    phonons: Mapping[str, PhononsConfig] = field(default_factory=dict)
+    """What it is judged by beside its config."""
 
     @property
     def folder(self) -> Path:
@@ -164,7 +175,8 @@ def cell(
     known = identity(config, contents(needs))
     output = study.output / CELLS / known / RUN
     config = config.model_copy(update={"output": output})
-    return Cell(dataset, name, seed, frames, varied, config, known, base_tests, needs)
+    found = Cell(dataset, name, seed, frames, varied, config, known, base_tests, needs)
+    return with_phonons(found, target.phonons)
 
 
 def _document(

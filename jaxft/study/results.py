@@ -17,6 +17,7 @@ from jaxft.evaluate.accuracy import UNITS, values_of
 from jaxft.evaluate.errors import errors
 from jaxft.report import Judged, environment
 from jaxft.run import RunResult
+from jaxft.study import phonons
 from jaxft.study.plan import Cell
 
 RESULT = "result.json"
@@ -51,6 +52,7 @@ def of_run(cell: Cell, found: RunResult) -> Result:
     quantities = [*_of_training(cell, found)]
     for judged in found.judged:
         quantities += _of_set(judged, judged.name in cell.base_tests)
+    quantities += [Quantity(*row) for row in phonons.of_run(cell, found.path)]
     return Result(DONE, "", tuple(quantities), environment())
 
 

@@ -155,10 +155,14 @@ def _batches(spreads: Sequence[Spread], number: int, dtype: str) -> Iterator[Bat
     dataset = mixture.dataset
     for update in range(spreads[0].num_updates):
         chosen = [spread.frames(number, update)[0][0] for spread in spreads]
+        keys = [(spread.seed or 0, number) for spread in spreads]
         n_node = max(int(dataset.nodes[frames].sum()) for frames in chosen)
         n_row = max(int(dataset.rows[frames].sum()) for frames in chosen)
         shape = smallest(mixture.ladders[mixture.kind(update)], n_node, n_row)
-        batches = [data.pack(dataset, frames, shape, dtype) for frames in chosen]
+        batches = [
+            data.pack(dataset, frames, shape, dtype, key=key)
+            for frames, key in zip(chosen, keys, strict=True)
+        ]
         yield batches[0] if len(batches) == 1 else jax.tree.map(lambda *a: np.stack(a), *batches)
 
 

@@ -25,8 +25,8 @@ NACL = Path(__file__).parents[2] / "benchmarks" / "data" / "nacl_test.xyz"
 E0S = {11: -5.0, 17: -12.0}
 AGNOSTIC, DENSITY = "RealAgnosticInteractionBlock", "RealAgnosticDensityInteractionBlock"
 SMALL = {"hidden": "8x0e+8x1o", "l_max": 2, "r_max": 4.0, "num_bessel": 6, "readout": 4}
+# Of residual blocks tests/test_scratch.py compares every constant with those of a file.
 ARCHITECTURES = {
-    "residual": SMALL,
     "agnostic": SMALL | {"first_block": AGNOSTIC, "correlation": 2},
     "density": SMALL
     | {"first_block": DENSITY, "block": DENSITY.replace("Density", "DensityResidual")}
