@@ -538,6 +538,7 @@ def test_frames_of_several_heads_share_a_dataset(frames, model):
         atomic_numbers, r_max, embeddings = model.atomic_numbers, model.r_max, model.embeddings
         e0s = np.concatenate([model.e0s, model.e0s + 1.0])
         head_index = staticmethod(["new", "old"].index)
+        moments = None
 
     dataset = data.prepare(frames[:3], TwoHeads, head=["old", "new", "old"])
     (batch,) = data.epoch(dataset, 3, dtype="float64")
