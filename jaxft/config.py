@@ -338,6 +338,29 @@ def read_yaml(path: str | Path, *, hint: str) -> dict[str, Any]:
     return document
 
 
+def read_sized(
+    path: str | Path, overrides: Iterable[str], *, small: bool, hint: str
+) -> dict[str, Any]:
+    """As :func:`read_yaml`, of a file that may say under ``small`` how it becomes a small one.
+
+    Args:
+      path: of the file.
+      overrides: ``key=value``, after those of ``small``.
+      small: change what the file says under ``small``, a list of such words.
+      hint: what shows how such a file looks.
+
+    Raises:
+      ConfigError: as there, or the file has no small form.
+    """
+    document = read_yaml(path, hint=hint)
+    words = document.pop("small", None)
+    if small and not (isinstance(words, list) and all(isinstance(w, str) for w in words)):
+        raise ConfigError(f"{path} has no list `small:` of key=value; see {hint}.")
+    for word in (*(words if small else ()), *overrides):
+        override(document, word)
+    return document
+
+
 def override(document: dict[str, Any], word: str) -> None:
     """Change plain data in place.
 

@@ -205,10 +205,5 @@ def load(
     Raises:
       ConfigError: as :func:`jaxft.config.load`, or the file has no small form.
     """
-    document = configs.read_yaml(path, hint="docs/study.md")
-    words = document.pop("small", None)
-    if small and not (isinstance(words, list) and all(isinstance(w, str) for w in words)):
-        raise configs.ConfigError(f"{path} has no list `small:` of key=value; see docs/study.md.")
-    for word in (*(words if small else ()), *overrides):
-        configs.override(document, word)
+    document = configs.read_sized(path, overrides, small=small, hint="docs/study.md")
     return configs.checked(kind, document, str(path))

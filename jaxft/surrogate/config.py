@@ -139,10 +139,6 @@ def load(path: Path, overrides: Iterable[str] = (), *, small: bool = False) -> S
     Raises:
       ConfigError: as :func:`jaxft.config.load`, or the file has no small form.
     """
-    document = configs.read_yaml(path, hint="configs/surrogate/nacl.yaml")
-    words = document.pop("small", None)
-    if small and not (isinstance(words, list) and all(isinstance(w, str) for w in words)):
-        raise configs.ConfigError(f"{path} has no list `small:` of key=value.")
-    for word in (*(words if small else ()), *overrides):
-        configs.override(document, word)
+    hint = "configs/surrogate/nacl.yaml"
+    document = configs.read_sized(path, overrides, small=small, hint=hint)
     return configs.checked(SurrogateConfig, document, str(path))
