@@ -45,8 +45,8 @@ def test_a_run_without_watched_sets_has_one_heading_and_a_line_per_epoch():
 
 def test_numbers_stand_below_their_headings():
     _, columns, line = shown(ROW | REPLAY | HEAD)
-    for name in (name for name, _ in COLUMNS.values()):
-        assert columns.count(name) == 3
+    for metric, (name, _) in COLUMNS.items():
+        assert columns.count(name) == 3 * (metric != "moments")  # of which there are none here
     ends = [i for i, c in enumerate(columns) if c != " " and columns[i + 1 : i + 2] in ("", " ")]
     numbers = ["1", "12.25", "12.50", "250.00", "0.50", "1.00", "62.50", "4.00", "2.00", "3.5"]
     position = 0

@@ -98,9 +98,9 @@ def test_one_shape_serves_all_batches(tiny, mixed, monkeypatch):
     shapes = []
     inner = predictions.predict_batch
 
-    def spied(model, params, dataset, chosen, shape, *, blocks):
+    def spied(model, params, dataset, chosen, shape, **options):
         shapes.append((shape, len(chosen)))
-        return inner(model, params, dataset, chosen, shape, blocks=blocks)
+        return inner(model, params, dataset, chosen, shape, **options)
 
     monkeypatch.setattr(predictions, "predict_batch", spied)
     frames = [data.from_atoms(atoms) for atoms in mixed] * 3

@@ -203,7 +203,9 @@ def test_recipe_trains_a_potential_lawfully(predictor, params, batch, objective)
     effective = base.apply(recipe, whole, state.trainable.coords, state.frozen.consts)
     merged = predictor(jaxft.merge(recipe, state), batch.graph)
     seen, before = predictor(effective, batch.graph), predictor(params, batch.graph)
-    for a, b, start in zip(merged, seen, before, strict=True):
+    for a, b, start in zip(
+        jax.tree.leaves(merged), jax.tree.leaves(seen), jax.tree.leaves(before), strict=True
+    ):
         assert jnp.array_equal(a, b)
         assert not jnp.array_equal(a, start)
 

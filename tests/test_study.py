@@ -333,7 +333,7 @@ def test_time_is_a_budget(folder, tmp_path, few_shapes) -> None:
 
 def test_a_study_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     """Two processes share three cells; one is killed while it works. Nothing is done twice."""
-    settings = document(folder, tmp_path / "out", seeds=3, budget={"epochs": 2})
+    settings = document(folder, tmp_path / "out", seeds=3, budget={"epochs": 20})
     path = write(tmp_path / "s.yaml", settings)
     found = plan(load(path, kind=StudyConfig))
     arguments = [sys.executable, "-m", "jaxft", "study", "run", str(path)]

@@ -97,8 +97,8 @@ def _node_energies(alike: _Alike, params: Params, graph: Graph) -> Array:
     return alike.model.node_energies(params, graph)
 
 
-# One jit for everything that predicts: predictions before and after training, of several files or
-# by several calculators, share the compiled programs of a potential.
+# One jit for everything that predicts (and one for what is short, compiled quickly): predictions
+# before and after training, of several files or by several calculators, share compiled programs.
 _predict = jax.jit(_prediction, static_argnums=0)
 _predict_energies = jax.jit(_node_energies, static_argnums=0)
 
