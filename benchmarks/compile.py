@@ -119,7 +119,7 @@ def measured(folder: Path, cache: Path, threads: int) -> dict[str, object]:
     environment |= {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "")}
     environment |= {"PYTHONPATH": str(HERE.parent)}  # this checkout, whichever is installed
     command = [sys.executable, __file__, "--process", str(folder), str(cache), str(time.time())]
-    if hasattr(os, "sched_getaffinity") and threads < os.cpu_count():
+    if threads < len(os.sched_getaffinity(0)):
         command = ["taskset", "-c", f"0-{threads - 1}", *command]
     found = subprocess.run(command, env=environment, cwd=HERE.parent, check=True, text=True,
                            stdout=subprocess.PIPE)  # fmt: skip
@@ -138,10 +138,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="mp0-medium")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--write", action="store_true", help="merge into results/compile.json")
     args = parser.parse_args()
+    if min(args.rounds, args.threads) < 1:
+        parser.error("--rounds and --threads have to be at least 1.")
     runs: dict[str, list[dict]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

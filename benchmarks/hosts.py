@@ -205,6 +205,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     common.output_options(parser)
     case = parser.parse_args()
+    if min(case.rounds, case.cells, case.frames, case.devices) < 1:
+        parser.error("--rounds, --cells, --frames and --devices have to be at least 1.")
     if case.child:
         child(json.loads(case.child))
         return

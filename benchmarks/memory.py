@@ -154,6 +154,8 @@ def main() -> None:
     options.add_argument("--limit", type=float, default=20.0, help="GiB, with --atoms; default 20")
     args = parse(options)
     say = (lambda *_: None) if args.json else print
+    if args.atoms is not None and args.atoms < 1:
+        options.error("--atoms has to be at least 1.")
     frames = [crystal(args.atoms)] if args.atoms else structures(args.repeats, cells=args.cells)
     with tempfile.TemporaryDirectory() as folder:
         case = build(Case(args.model, args.dtype, Path(folder), frames, threads=args.threads))

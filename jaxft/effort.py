@@ -2,7 +2,7 @@
 
 On CPUs half of compiling a training step is LLVM's optimisation of kernels that are small loops,
 and XLA's newer emitters of such loops; what takes the time of a step are products of matrices,
-which are library code. Without both a program is ready 1.4 to 2 times as fast and runs 0 to 7 %
+which are library code. Without both a program is ready 1.2 to 1.8 times as fast and runs 0 to 7 %
 slower. Results differ by rounding.
 """
 

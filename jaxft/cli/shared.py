@@ -111,7 +111,13 @@ def keep_programs() -> Any:
     if chosen and chosen.lower() == "off":
         return compilation.disable_cache("JAXFT_XLA_CACHE=off")
     if chosen:
-        return compilation.enable_cache(chosen)
+        try:
+            return compilation.enable_cache(chosen)
+        except OSError as error:
+            raise ValueError(
+                f"JAXFT_XLA_CACHE={chosen} cannot be used ({error});\nname a folder that can be "
+                "made or written to, or `off`."
+            ) from error
     try:
         return compilation.enable_cache()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody's home
