@@ -338,8 +338,14 @@ def test_a_study_that_is_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     found = plan(load(path, kind=StudyConfig))
     arguments = [sys.executable, "-m", "jaxft", "study", "run", str(path)]
     processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE) for _ in range(2)]
-    begun = wait_for(lambda: [c for c in found if (c.config.output / "metrics.jsonl").exists()])
-    killed = json.loads((begun[0].folder / lock.LOCK).read_text())["pid"]
+
+    def held() -> list:
+        """Cells that both are at, so that neither can still come to the other's; else none."""
+        begun = [c for c in found if (c.config.output / "metrics.jsonl").exists()]
+        at = [c for c in begun if (c.folder / lock.LOCK).exists() and work.status(c) != "done"]
+        return at if len(at) == 2 else []
+
+    killed = json.loads((wait_for(held)[0].folder / lock.LOCK).read_text())["pid"]
     os.kill(killed, signal.SIGKILL)
     outputs = [p.communicate()[0].decode() for p in processes]
     assert sum(text.count(": done") for text in outputs) == 2  # the third was the killed one's
