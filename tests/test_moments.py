@@ -27,6 +27,8 @@ from jaxft.graph import in_blocks, totals_of, with_shared_totals
 from jaxft.inspection import of_bundle
 from jaxft.objective import outputs
 from jaxft.page import rows
+from jaxft.report import Judged
+from jaxft.study.results import of_set
 
 EXACT = 1e-11
 MEANS = {11: 1.5, 17: 0.2, 8: 0.0}
@@ -502,6 +504,22 @@ def test_errors_stand_beside_those_of_the_means(heads, labelled) -> None:
     assert table.to_dict()["total"]["moments_of_means"]["mae"] == pytest.approx(1e3 * by_means)
     none = errors([replace(f, moments=None) for f in labelled], results)
     assert "moments" not in none.to_dict()["total"]
+
+
+def test_a_study_shows_moments_beside_those_of_the_means(heads, labelled) -> None:
+    head = heads["collinear"]
+    after = predict_frames(head.model, head.params, labelled)
+    before = [replace(r, moments=2 * r.moments) for r in after]
+    found = {q.name: q for q in of_set(Judged("iron", labelled, before, after), False)}
+    total = errors(labelled, after).total
+    assert found["moments_mae"].value == pytest.approx(1e3 * total.moments.mae)
+    assert found["moments_mean_mae"].value == pytest.approx(1e3 * total.mean_moments.mae)
+    doubled = errors(labelled, before).total
+    assert found["before_moments_mae"].value == pytest.approx(1e3 * doubled.moments.mae)
+    assert {q.unit for name, q in found.items() if "moments" in name} == {"mµB"}
+    bare = [replace(f, moments=None) for f in labelled]
+    unlabelled = of_set(Judged("iron", bare, before, after), False)
+    assert not [q.name for q in unlabelled if "moments" in q.name]
 
 
 @pytest.fixture(scope="module")

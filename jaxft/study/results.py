@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxft import bundle, tree
-from jaxft.evaluate.accuracy import UNITS, values_of
+from jaxft.evaluate.accuracy import MOMENT_UNITS, UNITS, values_of
 from jaxft.evaluate.errors import errors
 from jaxft.report import Judged, environment
 from jaxft.run import RunResult
@@ -51,7 +51,7 @@ def of_run(cell: Cell, found: RunResult) -> Result:
     """The numbers of a run that went well."""
     quantities = [*_of_training(cell, found)]
     for judged in found.judged:
-        quantities += _of_set(judged, judged.name in cell.base_tests)
+        quantities += of_set(judged, judged.name in cell.base_tests)
     quantities += [Quantity(*row) for row in phonons.of_run(cell, found.path)]
     return Result(DONE, "", tuple(quantities), environment())
 
@@ -91,13 +91,13 @@ def changed_percent(base: Path, tuned: Path) -> float | None:
     return 100 * differ / sum(leaf.size for leaf in pairs[0].values())
 
 
-def _of_set(judged: Judged, is_base: bool) -> list[Quantity]:
+def of_set(judged: Judged, is_base: bool) -> list[Quantity]:
     before, after = (
         values_of(errors(judged.frames, results).total) for results in (judged.before, judged.after)
     )
     found = []
-    for name, unit in UNITS.items():
-        now, then = after[name], before[name]
+    for name, unit in (UNITS | MOMENT_UNITS).items():
+        now, then = after.get(name), before.get(name)
         if isinstance(now, int | float):
             found.append(Quantity(judged.name, name, unit, float(now)))
         if isinstance(then, int | float) and name.endswith(("rmse", "mae")):

@@ -16,7 +16,15 @@ from jaxft.study import results
 from jaxft.study.collect import Outcome
 from jaxft.study.results import RATIO
 
-SHOWN = ("energy_rmse", "forces_rmse", "stress_rmse", "omega_mae", "omega_max_bias")
+SHOWN = (
+    "energy_rmse",
+    "forces_rmse",
+    "stress_rmse",
+    "moments_mae",
+    "moments_mean_mae",
+    "omega_mae",
+    "omega_max_bias",
+)
 OF_BASE = (f"forces_rmse{RATIO}", "forces_rmse")
 OF_RUN = ("trained", "changed", "epochs", "seconds")
 
