@@ -11,7 +11,7 @@ not depend on the labels, which are random.
 
 ``ratio`` is the time of a step with the term over that of one without it. ``ratio_unlabelled`` is
 the same of a step whose loss has the term while no frame of its batch has such a label, as batches
-of co-training do; docs/hessian.md says that these pay nothing. All three take turns in one process.
+of co-training do. All three take turns in one process.
 ``compile_seconds`` and ``temporaries_MB`` are of the compiled step, by XLA's own account. The last
 line is a JSON object.
 """
