@@ -223,8 +223,9 @@ def test_configs_are_strict(change, message, tmp_path):
         settings(tmp_path, **change)
 
 
-def test_configs_of_the_project_can_be_read_in_both_forms():
-    long, short = (configs.load(CONFIGS / "nacl.yaml", small=small) for small in (False, True))
+@pytest.mark.parametrize("name", ["nacl.yaml", "nacl-hessian.yaml"])
+def test_configs_of_the_project_can_be_read_in_both_forms(name):
+    long, short = (configs.load(CONFIGS / name, small=small) for small in (False, True))
     assert long.keep.frames > short.keep.frames
     assert long.output != short.output
 

@@ -94,6 +94,27 @@ def arrays_of(curvatures: Curvatures, keys: tuple[str, str]) -> dict[str, np.nda
     }
 
 
+def displacements(n: int, count: int, kind: Probes, rng: np.random.Generator) -> np.ndarray:
+    """Random displacements of n atoms, whose mean square length is 1 Å².
+
+    The mean square of an error of the Hessian times either kind is that of a random column.
+
+    Args:
+      n: atoms.
+      count: displacements.
+      kind: ``column`` moves one coordinate of one atom by 1 Å, no coordinate twice while there are
+        others; ``gaussian`` moves all of them, each with variance 1 / (3 n) Å².
+      rng: determines them.
+
+    Returns:
+      [count, n, 3] Å.
+    """
+    if kind == "gaussian":
+        return rng.normal(scale=1 / np.sqrt(3 * n), size=(count, n, 3))
+    rounds = [rng.permutation(3 * n) for _ in range(-(-count // (3 * n)))]
+    return np.eye(3 * n)[np.concatenate(rounds)[:count]].reshape(count, n, 3)
+
+
 def columns(constants: np.ndarray, atoms: np.ndarray) -> Curvatures:
     """Columns of the Hessian from rows of force constants, by its symmetry.
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.data import Shape, pack, prepare, unlabelled
-from jaxft.evaluate.predictions import cast, working_dtype
+from jaxft.data import Frame, Shape, pack, prepare, unlabelled
+from jaxft.effort import effort
+from jaxft.evaluate.batches import plan_batches
+from jaxft.evaluate.predictions import cast, packed_graph, working_dtype
 from jaxft.graph import Graph, edges_per_block, fullest, in_blocks, num_blocks
 from jaxft.potential import Potential, hvp
 from jaxft.typing import Array, Params
@@ -24,10 +26,18 @@ DTYPE = "float64"
 """Of the computation: eigenvalues of a Hessian lose half of their digits as frequencies."""
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _products(model: Potential, params: Params, graph: Graph, displacements: Array) -> Array:
+def _along(model: Potential, params: Params, graph: Graph, displacements: Array) -> Array:
     """[C, N, 3] Å -> [C, N, 3] eV/Å: Hessian times displacements."""
     return jax.vmap(lambda u: hvp(model, params, graph, u))(displacements)
+
+
+_products = jax.jit(_along, static_argnums=0)
+
+
+@functools.cache
+def _quickly() -> Callable[..., Array]:
+    """The same, compiled quickly, for few edges in all calls."""
+    return jax.jit(_along, static_argnums=0, compiler_options=dict(effort(0).options))
 
 
 def hessian_products(
@@ -81,6 +91,73 @@ def hessian_products(
         if progress is not None:
             progress(min(start + chunk, len(displacements)), len(displacements))
     return np.concatenate([*found, np.zeros((0, len(atoms), 3))])[: len(displacements)]
+
+
+def products_of_frames(
+    model: Potential,
+    params: Params,
+    frames: Sequence[Frame],
+    displacements: Sequence[np.ndarray],
+    *,
+    head: str | None = None,
+    batch_size: int = 16,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """Hessians of many frames, each times a few displacements of its own, in batches.
+
+    All batches have one static shape, as in :func:`jaxft.evaluate.predict_frames`, and large ones
+    are evaluated in blocks.
+
+    Args:
+      model: the potential.
+      params: its parameters.
+      frames: structures; their labels are not looked at.
+      displacements: [k, n, 3] Å of each frame, with one k >= 1.
+      head: of the model; not needed with one head.
+      batch_size: largest frames per batch.
+      dtype: of the computation; by default as :func:`jaxft.evaluate.predictions.working_dtype`.
+      progress: called with (frames done, in total) after every batch.
+
+    Returns:
+      [k, n, 3] eV/Å of each frame, in their order, float64.
+
+    Raises:
+      ValueError: a shape is another, or as :func:`jaxft.evaluate.predict_frames`.
+    """
+    params = cast(params, working_dtype(params, dtype))
+    kind = jax.tree.leaves(params)[0].dtype
+    if not frames:
+        return []
+    if len(displacements) != len(frames):
+        raise ValueError(
+            f"displacements of {len(displacements)} frames were given for {len(frames)} frames;\n"
+            "give those of each."
+        )
+    count = max(len(displacements[0]), 1)
+    for frame, given in zip(frames, displacements, strict=True):
+        if np.shape(given) != (count, len(frame), 3):
+            raise ValueError(
+                f"{frame.source}: displacements of shape {np.shape(given)} were given;\n"
+                f"use [{count}, {len(frame)}, 3] in Å, as many of each frame."
+            )
+    dataset = prepare(frames, model, head=head)
+    limit = max(1, edges_per_block(None) // count)
+    shape, batches, blocks = plan_batches(dataset, batch_size, limit)
+    few = effort(count * dataset.edges.sum(), model.channels).options
+    program = _quickly() if few else _products
+    results: dict[int, np.ndarray] = {}
+    for chosen in batches:
+        graph = packed_graph(dataset, chosen, shape, kind.name, blocks=blocks)
+        ends = np.cumsum(dataset.nodes[chosen])
+        padded = np.zeros((count, graph.n_node, 3), kind)
+        padded[:, : ends[-1]] = np.concatenate([displacements[i] for i in chosen], axis=1)
+        found = np.asarray(program(model, params, graph, jnp.asarray(padded)), np.float64)
+        parts = np.split(found[:, : ends[-1]], ends[:-1], axis=1)
+        results.update(zip(chosen, parts, strict=True))
+        if progress is not None:
+            progress(len(results), len(frames))
+    return [results[i] for i in range(len(frames))]
 
 
 def force_constants(

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxft import config as configs
 from jaxft.config import Config
+from jaxft.data.curvatures import Probes
 from jaxft.recipe import KeysConfig, Strict
 from jaxft.scratchrun import Shape
 
@@ -67,6 +68,17 @@ class Keep(Strict):
     """Chosen: far from one another in the teacher's features, or at random."""
 
 
+class Hessian(Strict):
+    """The teacher's Hessian of every frame of the pool, times random displacements: what the term
+    ``loss.hessian`` of ``training`` learns from."""
+
+    probes: int = Field(2, ge=1)
+    """Displacements of every frame."""
+    kind: Probes = "gaussian"
+    """``gaussian``: of all atoms at random; ``column``: of one coordinate of one atom; see
+    :func:`jaxft.data.curvatures.displacements`."""
+
+
 class Speed(Strict):
     """What is timed: a seed frame, repeated, alone and as a batch of replicas."""
 
@@ -95,6 +107,9 @@ class SurrogateConfig(Strict):
     md: Dynamics | None = None
     rattle: Rattle | None = None
     keep: Keep = Keep()
+    hessian: Hessian | None = None
+    """Labels of second derivatives; by default none. Goes with a weight ``loss.hessian`` of
+    ``training``."""
     student: Shape
     training: dict[str, Any]
     """Keys of a fine-tuning config (epochs, loss, optimizer, batch_size, valid, dtype …)."""
@@ -119,8 +134,25 @@ class SurrogateConfig(Strict):
     def _fits_together(self) -> SurrogateConfig:
         if self.md is None and self.rattle is None:
             raise ValueError("give md, rattle or both: without them there is no pool")
-        self.training_config(Path("student.jaxft"), Path("pool.xyz"), Path("run"))
+        training = self.training_config(Path("student.jaxft"), Path("pool.xyz"), Path("run"))
+        self._has_use_for_hessians(training)
         return self
+
+    def _has_use_for_hessians(self, training: Config) -> None:
+        weight = training.loss.hessian
+        if self.hessian is not None and not weight:
+            raise ValueError(
+                f"hessian asks for {self.hessian.probes} displacements of every frame, but "
+                "training.loss.hessian is 0 and nothing would be learnt from them; give that a "
+                "weight, such as 1, or leave hessian out"
+            )
+        # sources of a replay may bring Hessians of their own
+        if self.hessian is None and weight and not training.sources:
+            raise ValueError(
+                f"training.loss.hessian is {weight:g}, but the teacher labels no second "
+                "derivatives; ask for some by `hessian: {probes: 2}` beside training, or leave "
+                "the weight out"
+            )
 
     def training_config(self, start: Path, pool: Path, output: Path) -> Config:
         """The training of the student, as a config of ``jaxft finetune``."""

@@ -17,6 +17,7 @@ from jaxft.evaluate.candidate import Flag, JaxCandidate
 from jaxft.evaluate.finding import Finding, Row, Value
 from jaxft.evaluate.predictions import FrameResult
 from jaxft.md import Simulation, nve, thermal
+from jaxft.surrogate import hessians
 from jaxft.surrogate.config import Speed
 
 KELVIN = 300.0
@@ -157,7 +158,8 @@ def _moving(
 
 
 def headline(findings: Sequence[Finding], models: Sequence[JaxCandidate]) -> dict[str, Any]:
-    """The numbers that matter: RMSE of both models on each test set, and the speed-ups."""
+    """The numbers that matter: RMSE of both models on each test set, those of the Hessians, and the
+    speed-ups."""
     student = models[-1].name
     found: dict[str, Any] = {}
     for finding in findings:
@@ -168,6 +170,9 @@ def headline(findings: Sequence[Finding], models: Sequence[JaxCandidate]) -> dic
             ):
                 kept = {k: v for k, v in row.values.items() if k.endswith("_rmse")}
                 found.setdefault(finding.check, {})[row.model] = kept
+            elif finding.check == hessians.CHECK and row.flag is None:
+                kept = {name: row.values[name] for name in ("hv_rmse", "teacher_rms")}
+                found.setdefault(finding.check, {})[row.subject] = kept
             elif finding.check == "speed" and row.model == student and row.flag is None:
                 found.setdefault("speedup", {})[row.subject] = row.values["speedup"]
     return found

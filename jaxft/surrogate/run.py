@@ -19,16 +19,17 @@ import ase.io
 import numpy as np
 from rich.console import Console
 
-from jaxft import bundle, data, run, scratchrun
+from jaxft import bundle, data, inputs, run, scratchrun
 from jaxft.adapter import digest_of
 from jaxft.config import Config
 from jaxft.data import Frame, Keys
+from jaxft.display import Display
 from jaxft.e0s import own_e0s
 from jaxft.evaluate.candidate import JaxCandidate
 from jaxft.evaluate.finding import Finding
 from jaxft.report.findings import findings_page
+from jaxft.surrogate import hessians, report
 from jaxft.surrogate import pool as pools
-from jaxft.surrogate import report
 from jaxft.surrogate.config import SurrogateConfig
 from jaxft.version import __version__
 
@@ -43,6 +44,9 @@ class Stages:
     """Everything that was made, unlabelled."""
     pool: Path
     """What was kept, with the teacher's labels."""
+    train: Path
+    """What the student learns from: the pool, or, where Hessians are asked for, a copy of it with
+    them."""
     start: Path
     """The student before training, a bundle."""
     run: Path
@@ -87,6 +91,8 @@ def distill(config: SurrogateConfig, *, console: Console | None = None) -> dict[
     Path(config.output).mkdir(parents=True, exist_ok=True)
     _stage(console, stages.structures, lambda: _make_structures(config, given))
     _stage(console, stages.pool, lambda: _make_pool(config, given))
+    if config.hessian is not None:
+        _stage(console, stages.train, lambda: _make_hessians(config, given, console))
     _stage(console, stages.start, lambda: _make_start(config, given))
     _stage(
         console,
@@ -125,7 +131,7 @@ def read(config: SurrogateConfig) -> Given:
         not output.is_dir() or (any(output.iterdir()) and not _is_ours(output))
     ):
         raise ValueError(f"{output} exists and is no folder of jaxft distill; give another output.")
-    training = config.training_config(stages.start, stages.pool, stages.run)
+    training = config.training_config(stages.start, stages.train, stages.run)
     _, _, provenance = bundle.load_numpy(config.teacher)
     return Given(teacher, provenance, digest, seeds, tests, training, stages)
 
@@ -146,12 +152,14 @@ def _stages(config: SurrogateConfig, digest: str, seeds: Sequence[str]) -> Stage
     structures = _key(digest, seeds, settings["md"], settings["rattle"], config.seed)
     pool = _key(structures, settings["keep"])
     start = _key(pool, settings["student"], like)
-    training = _key(start, config.training)
+    curved = [] if config.hessian is None else [settings["hessian"]]
+    training = _key(start, config.training, *curved)
     last = _key(training, tests, settings["keys"], settings["speed"])
     output = Path(config.output)
     return Stages(
         output / f"structures-{structures}.xyz",
         output / f"pool-{pool}.xyz",
+        output / (f"hessian-{_key(pool, *curved)}.xyz" if curved else f"pool-{pool}.xyz"),
         output / f"start-{start}.jaxft",
         output / f"run-{training}",
         output / f"report-{last}.json",
@@ -201,6 +209,17 @@ def _make_pool(config: SurrogateConfig, given: Given) -> None:
     _write(given.stages.pool, found.structures, facts)
 
 
+def _make_hessians(config: SurrogateConfig, given: Given, console: Console) -> None:
+    """Of structures as the file of the pool has them, too."""
+    assert config.hessian is not None
+    pool = data.read_atoms(given.stages.pool)
+    with Display(console).counter(label="Hessians") as advance:
+        found = hessians.labelled(given.teacher, pool, config.hessian, config.seed, advance)
+    facts = json.loads(given.stages.pool.with_suffix(".json").read_text())
+    asked = config.hessian.model_dump(mode="json") | {"units": hessians.FILE_UNITS}
+    _write(given.stages.train, found, facts | {"hessian": asked})
+
+
 def _write(path: Path, structures: Sequence[ase.Atoms], facts: Mapping[str, Any]) -> None:
     """Structures, complete or not at all, and before them what is to be known of them."""
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -227,11 +246,15 @@ def _make_report(config: SurrogateConfig, given: Given) -> None:
     model, params = bundle.load(given.stages.student, dtype=given.training.parameter_dtype)
     student = JaxCandidate(STUDENT, model, params, dtype=given.training.compute_dtype)
     models = (given.teacher, student)
-    facts = json.loads(given.stages.pool.with_suffix(".json").read_text())
+    facts = json.loads(given.stages.train.with_suffix(".json").read_text())
     findings: list[Finding] = [
         report.pool(facts["counts"], TEACHER),
         *report.errors(models, given.tests),
     ]
+    if config.hessian is not None:
+        _, valid = inputs.labelled_frames(given.training)
+        sets = [("validation frames", data.without_isolated_atoms(valid)), *given.tests.items()]
+        findings.append(hessians.errors(models, sets, config.hessian, config.seed))
     if config.speed is not None:
         findings.append(report.speed(models, probe(given.seeds[0], config), config.speed))
     shown = findings
