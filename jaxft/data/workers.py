@@ -32,8 +32,8 @@ TRIAL = 0.25
 SHARE = 0.5
 """s of work, at least, for each process that is started: a start takes a tenth of a second."""
 
-MOST = 32
-"""Processes; to take the edges of a frame costs about a thirtieth of making them."""
+MOST = 24
+"""Processes; to take the edges of a frame costs about a twentieth of making them."""
 
 CHUNK = 2000
 """Atoms, about, that a process is sent at once: less than 0.1 s of work and some 5 MB of edges. Two
