@@ -233,6 +233,9 @@ class Config(Strict):
     TPUs. Test sets are always judged with ``parity``."""
     cache: Path | None = None
     """Folder for neighbour lists."""
+    workers: int | None = Field(None, ge=1)
+    """Most processes to start for the neighbour lists of large sets, 1 being none; by default one
+    for each core that the run may use."""
     tensorboard: bool = False
     wandb: WandbConfig | None = None
     seed: int = Field(0, ge=0, lt=1 << 32)

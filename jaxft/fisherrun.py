@@ -53,7 +53,12 @@ def estimate_fisher(
     head = head or begin.like or config.head
     frames = data.without_isolated_atoms(data.read(files, keys=inputs.keys(config)))
     prepared = data.prepare(
-        frames, begin.base, head=head, cache=config.cache, probes=config.loss.probes
+        frames,
+        begin.base,
+        head=head,
+        cache=config.cache,
+        workers=config.workers,
+        probes=config.loss.probes,
     )
     batches = data.epoch(prepared, 1, dtype=config.compute_dtype, seed=seed)
     facts = {

@@ -151,6 +151,7 @@ def read(config: Config, console: Console) -> Inputs:
         sources=sources,
         size=config.batch_size,
         cache=config.cache,
+        workers=config.workers,
         probes=config.loss.probes,
     )
     for line in mixture.describe():
@@ -309,7 +310,14 @@ def _prepared(
     config: Config, frames: Sequence[Frame], model: Potential, head: str | None
 ) -> Dataset:
     """What is judged: with what the loss reads."""
-    return data.prepare(frames, model, head=head, cache=config.cache, probes=config.loss.probes)
+    return data.prepare(
+        frames,
+        model,
+        head=head,
+        cache=config.cache,
+        workers=config.workers,
+        probes=config.loss.probes,
+    )
 
 
 def _preflight(config: Config, begin: Start, train: Sequence[Frame]) -> Preflight | None:

@@ -21,7 +21,7 @@ from ase.data import chemical_symbols
 from jaxft import surgery
 from jaxft.architecture import Architecture, build
 from jaxft.data import Frame, has_label, without_isolated_atoms
-from jaxft.data.neighbours import neighbours
+from jaxft.data.workers import neighbour_lists
 from jaxft.models.config import MACEConfig
 from jaxft.potential import Potential
 from jaxft.typing import Params
@@ -66,7 +66,7 @@ def statistics(
     fitted = without_isolated_atoms(frames)
     if not fitted:
         raise ValueError("there are no frames but isolated atoms; give labelled structures.")
-    counts = [np.bincount(neighbours(frame, r_max).receivers) for frame in fitted]
+    counts = [np.bincount(edges.receivers) for edges in neighbour_lists(fitted, r_max)]
     some = np.concatenate([count[count > 0] for count in counts])
     if not len(some):
         raise ValueError(f"no atom has a neighbour within r_max={r_max} Å; raise r_max.")

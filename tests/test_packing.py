@@ -196,9 +196,9 @@ def test_cached_neighbours_are_those_of_a_first_run(tmp_path, crystals, model, m
     folder = tmp_path / "new" / "cache"
     first = data.prepare(frames, model, cache=folder)
     (file,) = folder.iterdir()
-    monkeypatch.setattr(cache, "neighbours", None)  # is not called again
-    again = data.prepare(frames, model, cache=folder)
     plain = data.prepare(frames, model)
+    monkeypatch.setattr(cache, "neighbour_lists", None)  # is not called again
+    again = data.prepare(frames, model, cache=folder)
     assert plain.samples[2].n_edge == 0
     for dataset in (first, again):
         for a, b in zip(dataset.samples, plain.samples, strict=True):

@@ -110,6 +110,8 @@ def test_ids_are_those_of_the_content(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     assert [cell.id for cell in planned(moved, tmp_path / "b", seeds=2)] == known
+    alone = planned(folder, tmp_path, seeds=2, set=[*COMMON, "workers=1"])
+    assert [cell.id for cell in alone] == known
     changed = [planned(folder, tmp_path, seeds=2, budget={"epochs": 2})]
     changed.append(planned(folder, tmp_path, seeds=2, set=[*COMMON, "loss.energy=2"]))
     for name in ("frames.xyz", "base.xyz"):

@@ -18,7 +18,6 @@ from jaxft.data.features import USUAL as USUAL
 from jaxft.data.features import feature_of
 from jaxft.data.frames import Frame
 from jaxft.data.moments import moment_labels
-from jaxft.data.neighbours import neighbours
 from jaxft.data.packing import ATOM_COST, ROW_COST, Shape, ladder, plan, smallest
 from jaxft.data.samples import Sample, best_width, sample_of
 from jaxft.graph import PADDING_DISTANCE, Batch, Curvature, Graph, Labels, Weights, totals_of
@@ -80,6 +79,7 @@ def prepare(
     head: str | Sequence[str | None] | None = None,
     row_width: int | None = None,
     cache: Path | None = None,
+    workers: int | None = None,
     probes: Probes | None = None,
 ) -> Dataset:
     """Build neighbour lists and remove the model's isolated-atom energies from the labels.
@@ -91,6 +91,7 @@ def prepare(
         head.
       row_width: slots per edge row; by default the one of ``ROW_WIDTHS`` that costs least.
       cache: a folder where neighbour lists are kept between runs; see :mod:`jaxft.data.cache`.
+      workers: of :func:`jaxft.data.workers.neighbour_lists`: most processes that it may start.
       probes: with it batches carry a displacement of every frame and the Hessian times it, see
         :mod:`jaxft.data.curvatures`; needed by a loss in which the Hessian has weight.
 
@@ -98,6 +99,7 @@ def prepare(
       ValueError: a frame holds an element that the model does not know, an impossible geometry,
         moments that the model's head cannot learn, or not the features that the model reads; or a
         head is unknown, or their number is not that of the frames.
+      ChildProcessError: a process that made neighbour lists has died.
     """
     check_probes(probes)
     heads = _heads(head, frames, model)
@@ -106,11 +108,7 @@ def prepare(
     table = np.full(120, -1)
     table[list(model.atomic_numbers)] = np.arange(len(model.atomic_numbers))
     present = np.unique(np.concatenate([f.atomic_numbers for f in frames] or [np.zeros(0, int)]))
-    edges = (
-        [neighbours(frame, model.r_max) for frame in frames]
-        if cache is None
-        else cached_neighbours(frames, model.r_max, Path(cache))
-    )
+    edges = cached_neighbours(frames, model.r_max, cache, workers=workers)
     width = row_width or best_width(
         [np.bincount(e.receivers, minlength=len(f)) for e, f in zip(edges, frames, strict=True)]
     )

@@ -17,19 +17,23 @@ from pathlib import Path
 import numpy as np
 
 from jaxft.data.frames import Frame
-from jaxft.data.neighbours import Edges, neighbours
+from jaxft.data.neighbours import Edges
+from jaxft.data.workers import neighbour_lists
 
 VERSION = 1
 """Part of every name; to be raised when neighbour lists change."""
 
 
-def cached_neighbours(frames: Sequence[Frame], r_max: float, folder: Path) -> list[Edges]:
+def cached_neighbours(
+    frames: Sequence[Frame], r_max: float, folder: Path | None, *, workers: int | None = None
+) -> list[Edges]:
     """The neighbour lists of all frames, from ``folder`` or else computed and written there.
 
     Args:
       frames: structures; only their geometry counts.
       r_max: Å.
-      folder: made if it is absent. Files in it may be deleted at any time.
+      folder: made if it is absent. Files in it may be deleted at any time. None keeps nothing.
+      workers: as in :func:`jaxft.data.workers.neighbour_lists`.
 
     Returns:
       Bitwise those of :func:`jaxft.data.neighbours.neighbours`.
@@ -37,7 +41,11 @@ def cached_neighbours(frames: Sequence[Frame], r_max: float, folder: Path) -> li
     Raises:
       ValueError: ``folder`` is a file; the file of this set is damaged or not of this kind; or a
         geometry is impossible.
+      ChildProcessError: a process that made some of them has died.
     """
+    if folder is None:
+        return neighbour_lists(frames, r_max, workers=workers)
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name one where neighbour lists may be kept.")
     if not frames:
@@ -45,7 +53,7 @@ def cached_neighbours(frames: Sequence[Frame], r_max: float, folder: Path) -> li
     path = folder / f"{digest(frames, r_max)}.npz"
     if path.exists():
         return _read(path, frames)
-    found = [neighbours(frame, r_max) for frame in frames]
+    found = neighbour_lists(frames, r_max, workers=workers)
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, found)
     return found

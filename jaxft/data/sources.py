@@ -25,6 +25,7 @@ def mixture(
     sources: Sequence[Source] = (),
     row_width: int | None = None,
     cache: Path | None = None,
+    workers: int | None = None,
     probes: Probes | None = None,
 ) -> Mixture:
     """Prepare target and sources as one dataset, and plan its batches.
@@ -39,7 +40,8 @@ def mixture(
         it needs is not looked at.
       row_width: as in :func:`jaxft.data.prepare`, like the next.
       cache: a folder where neighbour lists are kept between runs.
-      probes: as in :func:`jaxft.data.prepare`.
+      workers: as in :func:`jaxft.data.prepare`, like the next.
+      probes: with it batches carry displacements.
 
     Raises:
       ValueError: as :func:`jaxft.data.prepare`; two sources share a name or are called "target";
@@ -57,7 +59,15 @@ def mixture(
         gathered += added
         heads += [source.head or head] * len(added)
         parts.append(_part(source, range(start, len(gathered)), model, head, size))
-    dataset = prepare(gathered, model, head=heads, row_width=row_width, cache=cache, probes=probes)
+    dataset = prepare(
+        gathered,
+        model,
+        head=heads,
+        row_width=row_width,
+        cache=cache,
+        workers=workers,
+        probes=probes,
+    )
     return Mixture(dataset, size, tuple(parts))
 
 

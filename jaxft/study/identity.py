@@ -17,7 +17,15 @@ from jaxft.version import __version__
 LENGTH = 16
 """Of a cell's id, in hexadecimal digits."""
 
-WITHOUT_EFFECT = ("output", "cache", "tensorboard", "wandb", "keep_checkpoints", "checkpoint_every")
+WITHOUT_EFFECT = (
+    "output",
+    "cache",
+    "workers",
+    "tensorboard",
+    "wandb",
+    "keep_checkpoints",
+    "checkpoint_every",
+)
 """Keys of a config that change no number."""
 
 
