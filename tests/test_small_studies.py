@@ -1,0 +1,48 @@
+"""The studies that are shipped, in their small forms: from one command to tables and a page."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+from test_cli import run as command
+
+from jaxft.study.config import StudyConfig, load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["seven", "frozen", "reewc", "sparse", "phonons"])
+def test_the_small_form_runs_to_its_end(name: str, monkeypatch, tmp_path: Path) -> None:
+    if name == "phonons":
+        pytest.importorskip("phonopy")
+        pytest.importorskip("seekpath")
+    monkeypatch.chdir(ROOT)
+    path = Path("configs/study") / f"{name}.yaml"
+    assert command("study", str(path), "--small", f"output={tmp_path}").exit_code == 0
+    study = load(path, small=True, kind=StudyConfig)
+    with (tmp_path / "results/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["status"], row["reason"]) for row in rows} == {("done", "")}
+    assert {row["recipe"] for row in rows} == set(study.recipes)
+    assert all(math.isfinite(float(row["value"])) for row in rows)
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        found.setdefault(row["cell"], {})[row["set"], row["quantity"]] = float(row["value"])
+    recipes = {row["cell"]: row["recipe"] for row in rows}
+    tests = {test for dataset in study.datasets.values() for test in dataset.test}
+    for cell, values in found.items():
+        assert values["", "trained"] > 0
+        assert tests <= {subject for subject, quantity in values if quantity == "forces_rmse"}
+        is_judged = {f"{base}" for base in study.base_test} <= {
+            subject for subject, quantity in values if quantity == "forces_rmse_ratio"
+        }
+        assert is_judged is not study.recipes[recipes[cell]].scratch
+        if name == "phonons":
+            assert values["NaCl", "omega_mae"] > 0
+    if name in ("frozen", "seven", "sparse"):
+        trained = {recipes[cell]: values["", "trained"] for cell, values in found.items()}
+        assert trained["freeze 6"] < trained["freeze 5"] < trained["naive"]
+    assert (tmp_path / "results/report.html").stat().st_size > 10_000
