@@ -598,30 +598,37 @@ class Timing(NamedTuple):
         }
 
 
-def alternate(runners: Mapping[str, Callable[[], Turn]], rounds: int) -> Timing:
+def alternate(
+    runners: Mapping[str, Callable[[], Turn]], rounds: int, *, together: bool = True
+) -> Timing:
     """All runners in turn, after ``WARM_UP`` turns each, until enough rounds were steady.
 
     A round is discarded if a calibrating product of any runner moved more than ``UNSTEADY`` from
-    that runner's median; after twice ``rounds`` in all, what is there has to do.
+    that runner's median; after twice ``rounds`` in all, what is there has to do. Where no ratio is
+    taken within a round (``together=False``) only the unsteady turns of a round are.
     """
     for run in [*runners.values()] * WARM_UP:
         run()
     history: list[dict[str, Turn]] = []
-    kept: list[dict[str, Turn]] = []
-    while len(kept) < rounds and len(history) < 2 * rounds:
+    kept: dict[str, list[Turn]] = {name: [] for name in runners}
+    while min(map(len, kept.values())) < rounds and len(history) < 2 * rounds:
         history.append({name: run() for name, run in runners.items()})
         usual = {n: statistics.median(turns[n].gemm for turns in history) for n in runners}
-        kept = [
-            turns
+        steady = [
+            {n for n in runners if abs(turns[n].gemm / usual[n] - 1) <= UNSTEADY}
             for turns in history
-            if all(abs(turns[n].gemm / usual[n] - 1) <= UNSTEADY for n in runners)
         ]
-    if not kept:
+        whole = [names if not together or len(names) == len(runners) else () for names in steady]
+        kept = {
+            n: [t[n] for t, names in zip(history, whole, strict=True) if n in names]
+            for n in runners
+        }
+    if not all(kept.values()):
         sys.exit("error: no round was steady; measure when the machine is less busy.")
     return Timing(
-        {name: [turns[name].seconds for turns in kept] for name in runners},
-        statistics.median(turn.gemm for turns in kept for turn in turns.values()),
-        len(history) - len(kept),
+        {name: [turn.seconds for turn in turns] for name, turns in kept.items()},
+        statistics.median(turn.gemm for turns in kept.values() for turn in turns),
+        len(history) - min(map(len, kept.values())),
     )
 
 

@@ -104,7 +104,7 @@ def measure(
             str(point): functools.partial(child.turn, "run", point, method) for point in chosen
         }
         first = {name: run().seconds for name, run in runners.items()}
-        timing = alternate(runners, rounds)
+        timing = alternate(runners, rounds, together=False)
         rows = []
         for point in chosen:
             facts, median = child.call("facts", point), timing.medians[str(point)]
