@@ -62,7 +62,7 @@ def weighted(
       stress: λ_S; (eV/Å³)⁻².
       virials: λ_V; (eV/atom)⁻², of V = −volume · σ.
       hessian: λ_H; (eV/Å)⁻², of the Hessian times the displacement that the batch carries for each
-        frame, see :func:`jaxft.data.prepare`. Batches without such labels do not pay for it.
+        frame, see :func:`jaxft.data.prepare`. Batches without such labels skip it.
       moments: λ_M; µB⁻²; of models with a head for them, :func:`jaxft.surgery.add_moments`.
       error: a name of the table.
       delta: δ of ``huber`` and ``universal``, in the unit of each term.
